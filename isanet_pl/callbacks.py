@@ -1,0 +1,343 @@
+"""What a run shows and leaves behind: progress, table, pictures, predictions."""
+
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from isanet_pl.data.files import IGNORE
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def colourise(classes: Tensor, palette: Sequence[Sequence[int]]) -> Pixels:
+    """Returns an RGB picture (H, W, 3) of a class map (H, W); ignored pixels are black."""
+    table = np.zeros((256, 3), dtype=np.uint8)
+    table[: len(palette)] = palette
+    return table[classes.cpu().numpy().astype(np.uint8)]
+
+
+def overlay(image: Tensor, classes: Tensor, palette: Sequence[Sequence[int]]) -> Pixels:
+    """Returns the image uint8 (3, H, W) with its class map (H, W) laid over it, RGB (H, W, 3)."""
+    picture = image.permute(1, 2, 0).cpu().numpy()
+    mixed = picture // 2 + colourise(classes, palette) // 2
+    ignored = (classes == IGNORE).cpu().numpy()[..., None]
+    return np.where(ignored, picture, mixed)
+
+
+class Progress(pl.Callback):
+    """Logs learning rates and images/s to the progress bar and the logger.
+
+    Where there is no terminal to draw a bar on, it prints a line now and then instead.
+
+    Args:
+        every_n_steps: Optimiser steps between two measurements and lines.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        self.every_n_steps = every_n_steps
+        self.images = 0
+        self.since = 0.0
+        self.first_step = 0
+        self.start = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self.start = self.since = time.monotonic()
+        self.first_step = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Counts images; reports when it is time to."""
+        self.images += len(batch["image"]) * trainer.world_size
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not stepped or trainer.global_step % self.every_n_steps:
+            return
+        speed = self.images / (time.monotonic() - self.since)
+        rates = {
+            f"lr/{group.get('name', i)}": float(group["lr"])
+            for i, group in enumerate(trainer.optimizers[0].param_groups)
+        }
+        pl_module.log_dict(rates, prog_bar=True)
+        pl_module.log("images_per_s", speed, prog_bar=True)
+        self._print(trainer, rates, speed)
+        self.images, self.since = 0, time.monotonic()
+
+    @rank_zero_only
+    def _print(self, trainer: pl.Trainer, rates: Mapping[str, float], speed: float) -> None:
+        if sys.stdout.isatty() or trainer.progress_bar_callback is None:
+            return
+        step, total = trainer.global_step, trainer.estimated_stepping_batches
+        per_step = (time.monotonic() - self.start) / max(1, step - self.first_step)
+        loss = float(trainer.callback_metrics.get("train/loss", math.nan))
+        print(
+            f"step {step}/{total}  loss {loss:.3f}  "
+            + "  ".join(f"{name} {rate:.1e}" for name, rate in rates.items())
+            + f"  {speed:.1f} images/s  {per_step * (total - step) / 60:.1f} min left",
+            flush=True,
+        )
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stops counting: validation is not training."""
+        self.images = 0
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints the score of this validation; restarts the clock."""
+        self.since, self.images = time.monotonic(), 0
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._print_score(trainer)
+
+    @rank_zero_only
+    def _print_score(self, trainer: pl.Trainer) -> None:
+        score = float(trainer.callback_metrics.get("val/miou", math.nan))
+        print(f"step {trainer.global_step}: val/miou {score:.4f}", flush=True)
+
+
+class ResultTable(pl.Callback):
+    """Ends fit, validate and test with a table, and writes `results.json` into the run folder."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reports the last validation."""
+        self._report(trainer, pl_module, "val")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reports `validate`."""
+        if trainer.state.fn == "validate":
+            self._report(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reports `test`."""
+        self._report(trainer, pl_module, "test")
+
+    @rank_zero_only
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        scores = {
+            name.removeprefix(f"{stage}/"): float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(f"{stage}/")
+        }
+        if "miou" not in scores:
+            return  # a fit without any validation
+        Console(width=None if sys.stdout.isatty() else 80).print(_table(stage, scores))
+        if trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
+            return
+        record = {
+            "command": " ".join(["isanet-pl", *sys.argv[1:]]),
+            "stage": stage,
+            "step": trainer.global_step,
+            "seconds": round(time.monotonic() - self.start),
+            "machine": _machine(),
+            "torch": torch.__version__,
+            "parameters": sum(p.numel() for p in pl_module.parameters()),
+            "scores": {k: None if math.isnan(v) else round(v, 6) for k, v in scores.items()},
+        }
+        path = Path(trainer.log_dir) / "results.json"
+        path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        print(f"written to {path.parent}")
+
+
+def _machine() -> str:
+    """Returns the GPU's name, or the processor's architecture and cores in use."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
+    model = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [x.split(":")[1] for x in cpuinfo.read_text().splitlines() if "model name" in x]
+        model = names[0].strip() if names else model
+    return f"{torch.get_num_threads()} cores of {model}"
+
+
+def _table(stage: str, scores: Mapping[str, float]) -> Table:
+    table = Table(title=f"{stage}: {100 * scores['miou']:.2f} mIoU", title_justify="left")
+    table.add_column("class")
+    table.add_column("IoU %", justify="right")
+    for name, value in scores.items():
+        if name.startswith("iou/"):
+            text = "absent" if math.isnan(value) else f"{100 * value:.2f}"
+            table.add_row(name.removeprefix("iou/"), text)
+    table.add_section()
+    for name, label in (("miou", "mIoU"), ("macc", "mAcc"), ("aacc", "aAcc")):
+        table.add_row(label, f"{100 * scores[name]:.2f}")
+    return table
+
+
+class PredictionPanels(pl.Callback):
+    """Saves pictures of image, truth and prediction at every validation and test, as PNG.
+
+    They go to `panels/` in the run folder.
+
+    Args:
+        num_images: Images in a picture, spread evenly over the split; 0 switches it off.
+    """
+
+    def __init__(self, num_images: int = 4) -> None:
+        self.num_images = num_images
+        self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def _collect(
+        self, batch: Mapping[str, Any], prediction: Tensor, index: int, total: int
+    ) -> None:
+        count = min(self.num_images, total)
+        chosen = {(2 * i + 1) * total // (2 * count) for i in range(count)} if count else set()
+        if index in chosen:
+            parts = (batch["image"][0], batch["mask"][0], prediction[0])
+            self.rows.append(tuple(part.cpu() for part in parts))  # type: ignore[arg-type]
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps the batch if it is one of the chosen."""
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            self._collect(batch, outputs, batch_idx, int(trainer.num_val_batches[0]))
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps the batch if it is one of the chosen."""
+        if trainer.is_global_zero:
+            self._collect(batch, outputs, batch_idx, int(trainer.num_test_batches[0]))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves the picture."""
+        self._save(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves the picture."""
+        self._save(trainer, pl_module, "test")
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        rows, self.rows = self.rows, []
+        if not rows or trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
+            return
+        folder = Path(trainer.log_dir) / "panels"
+        folder.mkdir(parents=True, exist_ok=True)
+        figure = draw_panels(rows, pl_module.class_names, pl_module.palette)  # type: ignore[arg-type]
+        figure.savefig(folder / f"{stage}_step={trainer.global_step:06d}.png")
+
+
+def draw_panels(
+    rows: Sequence[tuple[Tensor, Tensor, Tensor]],
+    class_names: Sequence[str],
+    palette: Sequence[Sequence[int]],
+) -> Figure:
+    """Returns a figure with a row of pictures for each image, and a legend.
+
+    Args:
+        rows: Image uint8 (3, H, W), true and predicted class map (H, W), each.
+        class_names: Names of the classes.
+        palette: RGB colours of the classes, 0..255.
+    """
+    _, height, width = rows[0][0].shape
+    legend_rows = math.ceil(len(class_names) / 6)
+    columns = 3
+    size = (columns * 3.2, len(rows) * 3.2 * height / width + 0.35 + 0.25 * legend_rows)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for i, (image, truth, prediction) in enumerate(rows):
+        # Where the truth is unknown, a prediction cannot be judged: show it, but leave truth black.
+        pictures = (
+            image.permute(1, 2, 0),
+            colourise(truth, palette),
+            colourise(prediction, palette),
+        )
+        for axis, picture, title in zip(
+            axes[i], pictures, ("image", "truth", "prediction"), strict=True
+        ):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_axis_off()
+            if i == 0:
+                axis.set_title(title, fontsize=9)
+    handles = [
+        Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="grey", label=name)
+        for name, (r, g, b) in zip(class_names, palette, strict=True)
+    ]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(6, len(handles)),
+        fontsize=8,
+        frameon=False,
+    )
+    return figure
+
+
+class PredictionWriter(pl.Callback):
+    """Writes each image's prediction as an index mask and as an overlay, at the image's own size.
+
+    Args:
+        output: Folder for `masks/NAME.png` (palette PNG of class indices) and `overlays/NAME.png`;
+            None: `predictions` in the run folder.
+    """
+
+    def __init__(self, output: str | None = None) -> None:
+        self.output = output
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes the batch."""
+        palette: Any = pl_module.palette
+        for image, classes, name in zip(batch["image"], outputs, batch["name"], strict=True):
+            mask = Image.fromarray(classes.cpu().numpy().astype(np.uint8))
+            mask.putpalette([value for colour in palette for value in colour])
+            self._save(mask, trainer, "masks", name)
+            picture = Image.fromarray(overlay(image, classes, palette))
+            self._save(picture, trainer, "overlays", name)
+
+    def _save(self, picture: Image.Image, trainer: pl.Trainer, kind: str, name: str) -> None:
+        path = self.folder(trainer) / kind / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+
+    def folder(self, trainer: pl.Trainer) -> Path:
+        """Returns the folder that predictions go to."""
+        return Path(self.output or Path(trainer.log_dir or ".") / "predictions")
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says where the predictions are."""
+        if trainer.is_global_zero:
+            print(f"predictions written to {self.folder(trainer)}")

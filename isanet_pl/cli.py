@@ -1,0 +1,198 @@
+"""The command line: `isanet-pl {fit,validate,test,predict}`, a LightningCLI."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from isanet_pl.callbacks import PredictionPanels, PredictionWriter, Progress, ResultTable
+from isanet_pl.data import SegmentationDataModule
+from isanet_pl.errors import InputError
+from isanet_pl.module import SegmentationModule
+
+
+def new_run_folder(runs_dir: str, name: str) -> Path:
+    """Creates and returns runs_dir/name/version_N with the first free N.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    parent = Path(runs_dir) / name
+    version = 0
+    while True:
+        folder = parent / f"version_{version}"
+        try:
+            # Creating it claims it: two runs that start together cannot get the same one.
+            folder.mkdir(parents=True, exist_ok=False)
+            return folder
+        except FileExistsError:
+            version += 1
+        except OSError as error:
+            raise InputError(
+                f"cannot write the run folder {folder}: {error.strerror}; choose another --runs_dir"
+            ) from error
+
+
+class SegmentationCLI(LightningCLI):
+    """Builds data, network and trainer from a config and runs one of the commands."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the options of a run, and what flows from the data to the network."""
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            help="Name of the run, a folder in runs_dir; null: the config file's name.",
+        )
+        parser.add_argument("--runs_dir", type=str, default="runs", help="Where runs are written.")
+        parser.add_argument(
+            "--wandb",
+            type=Literal["off", "offline", "online"],
+            default="off",
+            help="Log to Weights & Biases as well; offline needs no account.",
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/miou",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.save_last": True,
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        parser.add_lightning_class_args(Progress, "progress")
+        parser.add_lightning_class_args(PredictionPanels, "panels")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_argument(
+            "--output",
+            type=str | None,
+            help="Folder that predict writes to; null: predictions in the run folder.",
+        )
+        parser.link_arguments("output", "predictions.output")
+        # A user never types a class count: what the data is, the network learns from the data.
+        parser.link_arguments(
+            "data.num_classes", "model.network.num_classes", apply_on="instantiate"
+        )
+        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+        parser.link_arguments("data.palette", "model.palette", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the config alone.
+
+        Lightning's own version lets a checkpoint's hyper-parameters override config and command
+        line without a word. Here these two say what is built, and
+        `SegmentationModule.on_load_checkpoint` refuses a checkpoint that disagrees.
+        """
+
+    def instantiate_classes(self) -> None:
+        """Builds everything; without pretrained weights where a checkpoint brings its own.
+
+        Raises:
+            InputError: A checkpoint is needed, or the named one does not exist.
+        """
+        if self.subcommand is None:
+            return super().instantiate_classes()
+        config = self.config[self.subcommand]
+        checkpoint = config.ckpt_path
+        if checkpoint is None and self.subcommand != "fit":
+            raise InputError(f"{self.subcommand} needs trained weights: --ckpt_path FILE")
+        if checkpoint is not None and not Path(checkpoint).is_file():
+            raise InputError(f"checkpoint not found: --ckpt_path {checkpoint}")
+        network = config.model.network
+        wanted = network.weights_path, network.pretrained
+        if checkpoint is not None:
+            network.weights_path, network.pretrained = None, False
+        super().instantiate_classes()
+        # The run's config.yaml, written later, keeps what the user asked for.
+        network.weights_path, network.pretrained = wanted
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Returns the trainer, logging to a new run folder unless the config has a logger."""
+        config = self.config.get(str(self.subcommand), self.config)
+        logs = config.trainer.logger in (None, True) and not config.trainer.fast_dev_run
+        if logs and self.subcommand is not None:
+            kwargs["logger"] = self._loggers(config)
+        return super().instantiate_trainer(**kwargs)
+
+    def _loggers(self, config: Any) -> list[Logger]:
+        name = config.name
+        if name is None:
+            files = config.config or []
+            name = Path(str(files[0])).stem if files else "unnamed"
+            config.name = name
+        # Only the first process writes, so only it may claim a folder.
+        first = getattr(rank_zero_only, "rank", 0) == 0
+        version = new_run_folder(config.runs_dir, name).name if first else "version_0"
+        loggers: list[Logger] = [CSVLogger(config.runs_dir, name, version)]
+        if config.wandb != "off":
+            # Imported only here: nothing of W&B is needed or loaded without it.
+            from lightning.pytorch.loggers import WandbLogger
+
+            loggers.append(
+                WandbLogger(
+                    project="isanet-pl",
+                    name=f"{name}-{version}",
+                    save_dir=str(loggers[0].log_dir),
+                    mode=config.wandb,
+                )
+            )
+        return loggers
+
+    def before_predict(self) -> None:
+        """Keeps Lightning from gathering all predictions in memory; they are written one by one."""
+        self.config_init["predict"]["return_predictions"] = False
+
+
+def main(args: ArgsType = None, run: bool = True) -> SegmentationCLI:
+    """Runs the command line and returns it, with its `trainer`, `model` and `datamodule`.
+
+    Args:
+        args: Arguments; None takes those of the process.
+        run: False builds everything and runs nothing; there is no sub-command then.
+
+    Raises:
+        InputError: Something the user gave is wrong.
+        SystemExit: The arguments do not parse.
+    """
+    _configure_messages()
+    return SegmentationCLI(
+        SegmentationModule,
+        SegmentationDataModule,
+        args=args,
+        run=run,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        trainer_defaults={
+            "callbacks": [ResultTable()],
+            "log_every_n_steps": 10,
+            "max_epochs": -1,
+        },
+        parser_kwargs={"description": "ISANet: interlaced sparse self-attention"},
+    )
+
+
+@rank_zero_only
+def _configure_messages() -> None:
+    """Shows our own messages, and hides warnings that users can do nothing about."""
+    logger = logging.getLogger("isanet_pl")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+    for message in (
+        # Following the advice would break load_from_checkpoint (Lightning's issue 20801).
+        "Attribute .* is an instance of `nn.Module`",
+        # Lightning's own use of torch's pytree, and its size estimate of the model.
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        "Precision .* is not supported by the model summary",
+        # Validation reads one image at a time on purpose: sizes may differ.
+        "The number of training batches .* is smaller than the logging interval",
+    ):
+        warnings.filterwarnings("ignore", message=message)

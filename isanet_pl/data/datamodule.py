@@ -1,0 +1,306 @@
+"""The base of every data set: pairs to samples to loaders."""
+
+import os
+from collections.abc import Callable, Sequence, Sized
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from isanet_pl.data.files import (
+    IGNORE,
+    IMAGE_SUFFIXES,
+    INVALID,
+    Pair,
+    list_files,
+    map_codes,
+    open_image,
+    read_image,
+    read_mask,
+)
+from isanet_pl.data.transforms import TrainTransform
+from isanet_pl.errors import InputError
+
+Split = Literal["train", "val", "test"]
+Colour = tuple[int, int, int]
+
+
+class Sample(TypedDict, total=False):
+    """One image, or a batch of them with a leading axis N; prediction samples have no mask."""
+
+    image: Tensor  # uint8 (3, H, W) RGB
+    mask: Tensor  # uint8 (H, W), classes 0..K-1, 255 = ignore
+    name: str  # the file, for messages and for naming results
+
+
+def default_palette(num_classes: int) -> list[Colour]:
+    """Returns PASCAL VOC's colour map: the bits of the class index spread over R, G and B."""
+    palette = []
+    for index in range(num_classes):
+        colour, code = [0, 0, 0], index
+        for bit in range(7, -1, -1):
+            for channel in range(3):
+                colour[channel] |= (code >> channel & 1) << bit
+            code >>= 3
+        palette.append((colour[0], colour[1], colour[2]))
+    return palette
+
+
+def code_table(
+    num_classes: int, label_map: dict[int, int] | None, reduce_zero_label: bool
+) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """Returns the class of each mask code, uint8 (256,), INVALID where it has none.
+
+    Args:
+        num_classes: K.
+        label_map: Class (or 255) of each code in the file; codes not listed have none, except 255.
+            None: codes are classes.
+        reduce_zero_label: Code 0 means ignore, code i class i - 1. Applied before `label_map`.
+
+    Raises:
+        InputError: A code is outside 0..255, or a class outside 0..K-1 and not 255.
+    """
+    if label_map is None:
+        label_map = {i: i for i in range(num_classes)}
+    for code, index in label_map.items():
+        if not 0 <= code <= 255 or not (0 <= index < num_classes or index == IGNORE):
+            raise InputError(
+                f"label_map maps {code} to {index}; codes are 0..255, classes 0..{num_classes - 1} "
+                "or 255 (ignore)"
+            )
+    table = np.full(256, INVALID, dtype=np.uint8)
+    table[IGNORE] = IGNORE
+    for code, index in label_map.items():
+        table[code] = index
+    if reduce_zero_label:
+        table = np.concatenate([[np.uint8(IGNORE)], table[:-1]])
+        table[IGNORE] = IGNORE
+    return table
+
+
+class PairDataset(Dataset[Sample]):
+    """Samples of (image, mask) files.
+
+    Args:
+        pairs: The files.
+        table: Class of each mask code; see `code_table`.
+        num_classes: K, for messages.
+        transform: Takes and returns (image, mask); None returns them as they are in the files.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        table: np.ndarray[tuple[int], np.dtype[np.uint8]],
+        num_classes: int,
+        transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        self.pairs = pairs
+        self.table = table
+        self.num_classes = num_classes
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        image_path, mask_path = self.pairs[index]
+        image = read_image(image_path)
+        mask = map_codes(read_mask(mask_path), self.table, self.num_classes, mask_path)
+        if image.shape[1:] != mask.shape:
+            raise _size_error(image_path, mask_path, image.shape[1:], mask.shape)
+        if self.transform is not None:
+            image, mask = self.transform(image, mask)
+        return {"image": image, "mask": mask, "name": str(image_path)}
+
+
+class ImageDataset(Dataset[Sample]):
+    """Samples without masks: every image below a folder, named by its path in it.
+
+    Raises:
+        InputError: The folder does not exist or holds no image.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = list_files(folder, IMAGE_SUFFIXES, recursive=True)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        path = self.files[index]
+        return {"image": read_image(path), "name": str(path.relative_to(self.folder))}
+
+
+def check_pairs(dataset: PairDataset, most_headers: int = 500, most_masks: int = 8) -> None:
+    """Reads an even sample of the files, so that what is wrong shows before the first step.
+
+    Args:
+        dataset: The samples to check.
+        most_headers: Compare the sizes of this many pairs.
+        most_masks: Decode this many samples.
+
+    Raises:
+        InputError: A file cannot be read, sizes of a pair differ, or a mask has a wrong code.
+    """
+    pairs = dataset.pairs
+    for image_path, mask_path in pairs[:: max(1, len(pairs) // most_headers)]:
+        with open_image(image_path) as image, open_image(mask_path) as mask:
+            if image.size != mask.size:
+                raise _size_error(image_path, mask_path, image.size[::-1], mask.size[::-1])
+    plain = PairDataset(pairs, dataset.table, dataset.num_classes)
+    for index in range(0, len(pairs), max(1, len(pairs) // most_masks)):
+        plain[index]
+
+
+def _size_error(
+    image_path: Path, mask_path: Path, image_size: Sequence[int], mask_size: Sequence[int]
+) -> InputError:
+    return InputError(
+        f"{image_path} is {image_size[1]}x{image_size[0]} (width x height), but its mask "
+        f"{mask_path} is {mask_size[1]}x{mask_size[0]}; a pair must have one size"
+    )
+
+
+class SegmentationDataModule(pl.LightningDataModule):
+    """Loads a segmentation data set. A subclass gives its facts and lists its pairs.
+
+    Training batches are random crops; validation and test images come at their own size. Images
+    leave here as uint8; the network normalises them on its device.
+
+    Args:
+        root: Folder of the data set.
+        batch_size: Training images per step and device.
+        crop_size: (H, W) of training crops.
+        scale_range: Random scale of training images, uniform between the two.
+        flip: Mirror training images at random.
+        photometric: Distort colours of training images at random.
+        num_workers: Loader processes; None: one for each core, at most 8.
+        eval_batch_size: Validation and test images per step; above 1 all must have one size.
+        predict_dir: Folder of images for `predict`, searched with its sub-folders.
+    """
+
+    class_names: Sequence[str]
+    """K names."""
+    palette: Sequence[Colour]
+    """K colours, RGB 0..255."""
+    label_map: dict[int, int] | None = None
+    """Class (or 255) of each code in the mask files; None: codes are classes."""
+    reduce_zero_label: bool = False
+    """Code 0 in the mask files means ignore, code i class i - 1."""
+
+    def __init__(
+        self,
+        root: str | None = None,
+        batch_size: int = 8,
+        crop_size: tuple[int, int] = (512, 512),
+        scale_range: tuple[float, float] = (0.5, 2.0),
+        flip: bool = True,
+        photometric: bool = True,
+        num_workers: int | None = None,
+        eval_batch_size: int = 1,
+        predict_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or eval_batch_size < 1:
+            raise InputError(f"batch sizes must be at least 1: {batch_size}, {eval_batch_size}")
+        self.root = root
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = (
+            min(8, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
+        )
+        self.predict_dir = predict_dir
+        self.train_transform = TrainTransform(crop_size, scale_range, flip, photometric)
+        self._datasets: dict[str, Dataset[Sample]] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """Returns K."""
+        return len(self.class_names)
+
+    def list_pairs(self, split: Split) -> list[Pair]:
+        """Returns the (image, mask) files of a split.
+
+        Raises:
+            InputError: A folder is missing or empty, or files have no partner.
+        """
+        raise NotImplementedError
+
+    def build_dataset(self, split: Split) -> Dataset[Sample]:
+        """Returns the samples of a split, checked; see `check_pairs`."""
+        table = code_table(self.num_classes, self.label_map, self.reduce_zero_label)
+        transform = self.train_transform if split == "train" else None
+        dataset = PairDataset(self.list_pairs(split), table, self.num_classes, transform)
+        check_pairs(dataset)
+        return dataset
+
+    @property
+    def root_path(self) -> Path:
+        """Returns the root.
+
+        Raises:
+            InputError: It was not given, or is no folder.
+        """
+        name = type(self).__name__
+        if self.root is None:
+            raise InputError(f"{name} needs its folder: --data.root DIR")
+        path = Path(self.root)
+        if not path.is_dir():
+            raise InputError(f"{name}: no such folder: --data.root {path}")
+        return path
+
+    def setup(self, stage: str) -> None:
+        """Builds what a stage needs, once."""
+        splits: dict[str, tuple[Split, ...]] = {
+            "fit": ("train", "val"),
+            "validate": ("val",),
+            "test": ("test",),
+        }
+        for split in splits.get(stage, ()):
+            if split not in self._datasets:
+                self._datasets[split] = self.build_dataset(split)
+        if stage == "fit":
+            train = self._datasets["train"]
+            assert isinstance(train, Sized)
+            if len(train) < self.batch_size:
+                raise InputError(
+                    f"the train split has {len(train)} images, fewer than one batch of "
+                    f"{self.batch_size}: set --data.batch_size {len(train)} or less"
+                )
+        if stage == "predict":
+            if self.predict_dir is None:
+                raise InputError("predict needs a folder of images: --data.predict_dir DIR")
+            self._datasets["predict"] = ImageDataset(Path(self.predict_dir))
+
+    def _loader(self, name: str, batch_size: int, train: bool = False) -> DataLoader[Sample]:
+        return DataLoader(
+            self._datasets[name],
+            batch_size=batch_size,
+            shuffle=train,
+            drop_last=train,  # BatchNorm wants full batches
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Returns shuffled, augmented batches."""
+        return self._loader("train", self.batch_size, train=True)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """Returns the validation images at their own size."""
+        return self._loader("val", self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """Returns the test images at their own size."""
+        return self._loader("test", self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        """Returns the images of `predict_dir`, one by one."""
+        return self._loader("predict", 1)

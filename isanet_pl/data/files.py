@@ -1,0 +1,162 @@
+"""Image and mask files: finding the pairs and reading them, with errors that name the file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from isanet_pl.errors import InputError
+
+IGNORE = 255
+INVALID = 254  # what a lookup table gives for a code that is neither a class nor ignored
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
+MASK_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff", ".gif"})
+
+Pair = tuple[Path, Path]
+
+
+def list_files(folder: Path, suffixes: frozenset[str], recursive: bool = False) -> list[Path]:
+    """Returns the files of a folder that have one of the suffixes, sorted by path.
+
+    Raises:
+        InputError: The folder does not exist, or no file in it has such a suffix.
+    """
+    if not folder.is_dir():
+        raise InputError(f"folder not found: {folder}")
+    entries = folder.rglob("*") if recursive else folder.iterdir()
+    files = sorted(p for p in entries if p.suffix.lower() in suffixes and p.is_file())
+    if not files:
+        raise InputError(f"no file in {folder} ends in one of {', '.join(sorted(suffixes))}")
+    return files
+
+
+def pair_by_stem(image_dir: Path, mask_dir: Path) -> list[Pair]:
+    """Returns the (image, mask) files of two folders whose names agree up to the ending, sorted.
+
+    Raises:
+        InputError: A folder is missing or empty, a stem occurs twice, or a file has no partner.
+    """
+    images = _by_stem(list_files(image_dir, IMAGE_SUFFIXES))
+    masks = _by_stem(list_files(mask_dir, MASK_SUFFIXES))
+    for have, lack, what, where in (
+        (images, masks, "mask", mask_dir),
+        (masks, images, "image", image_dir),
+    ):
+        alone = [str(path) for stem, path in have.items() if stem not in lack]
+        if alone:
+            raise InputError(
+                f"{len(alone)} of {len(have)} files have no {what} of the same name in {where}: "
+                f"{_few(alone)}"
+            )
+    return [(path, masks[stem]) for stem, path in images.items()]
+
+
+def _by_stem(files: Sequence[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in files:
+        if path.stem in found:
+            raise InputError(f"two files for one name: {found[path.stem]} and {path}; remove one")
+        found[path.stem] = path
+    return found
+
+
+def _few(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def open_image(path: Path) -> Image.Image:
+    """Returns the opened file, pixels not yet decoded.
+
+    Raises:
+        InputError: The file is missing, empty or no image.
+    """
+    try:
+        return Image.open(path)
+    except FileNotFoundError as error:
+        raise InputError(f"file not found: {path}") from error
+    except (OSError, Image.DecompressionBombError) as error:
+        empty = path.stat().st_size == 0
+        reason = "the file is empty" if empty else "it is no image, or is damaged"
+        raise InputError(f"cannot read {path}: {reason}; restore or remove it") from error
+
+
+def read_image(path: Path) -> Tensor:
+    """Returns the RGB image as uint8 (3, H, W), whatever the file's colour mode.
+
+    Raises:
+        InputError: The file cannot be read, or is truncated.
+    """
+    with open_image(path) as image:
+        _decode(image, path)
+        if image.mode.startswith("I"):  # 16 bits: keep the upper eight, convert() would clip
+            grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+            return torch.from_numpy(grey).expand(3, -1, -1).contiguous()
+        pixels: Tensor = pil_to_tensor(image.convert("RGB"))
+        return pixels
+
+
+def read_mask(path: Path) -> npt.NDArray[np.int64] | npt.NDArray[np.uint8]:
+    """Returns the codes of an index mask, (H, W): palette indices or grey values, as stored.
+
+    Raises:
+        InputError: The file cannot be read, is truncated, or is no index mask.
+    """
+    with open_image(path) as image:
+        if image.mode not in {"P", "L", "1", "I", "I;16", "I;16B"}:
+            raise InputError(
+                f"{path} is an {image.mode} image, but a mask must hold one class index per pixel "
+                "(palette or greyscale); map its colours to indices first"
+            )
+        _decode(image, path)
+        codes = np.array(image)
+    return codes.astype(np.uint8) if codes.dtype in (np.uint8, np.bool_) else codes.astype(np.int64)
+
+
+def _decode(image: Image.Image, path: Path) -> None:
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}; restore or remove it") from error
+
+
+def map_codes(
+    codes: npt.NDArray[np.int64] | npt.NDArray[np.uint8],
+    table: npt.NDArray[np.uint8],
+    num_classes: int,
+    path: Path,
+) -> Tensor:
+    """Returns the class map uint8 (H, W) of a mask's codes: 0..K-1, or 255 to ignore.
+
+    Args:
+        codes: (H, W) as `read_mask` returns them.
+        table: (256,) the class of each code, INVALID where it has none.
+        num_classes: K, for the message.
+        path: The mask's file, for the message.
+
+    Raises:
+        InputError: A code has no class.
+    """
+    if codes.dtype != np.uint8:
+        wide = codes[(codes < 0) | (codes > 255)]
+        if wide.size:
+            raise InputError(_wrong_code(path, np.unique(wide), num_classes))
+        codes = codes.astype(np.uint8)
+    classes = table[codes]
+    wrong = classes == INVALID
+    if wrong.any():
+        raise InputError(_wrong_code(path, np.unique(codes[wrong]), num_classes))
+    return torch.from_numpy(classes)
+
+
+def _wrong_code(path: Path, codes: npt.NDArray[np.int64], num_classes: int) -> str:
+    values = _few([str(code) for code in codes])
+    return (
+        f"{path} holds the value {values}, which is neither one of the {num_classes} classes nor "
+        "255 (ignore); correct the mask, the class names, or give a label_map"
+    )

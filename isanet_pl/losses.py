@@ -1,0 +1,97 @@
+"""The training loss: pixel cross-entropy with ignored pixels, class weights and OHEM."""
+
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@final
+class SegmentationLoss(nn.Module):
+    """Returns the cross-entropy of the main and, weighted, of the auxiliary logits.
+
+    With OHEM (online hard example mining; openseg's `fs_auxohemce_loss`, mmsegmentation's
+    `OHEMPixelSampler`) only pixels whose true class has a probability below a threshold count.
+
+    Args:
+        class_weights: One weight for each class; None weighs all the same. The mean is taken over
+            the weights of the counted pixels, as in `torch.nn.CrossEntropyLoss`.
+        ohem_threshold: Count only pixels whose true class has at most this probability, 0.7 in the
+            literature; None counts all.
+        ohem_min_kept: With OHEM, count at least this many pixels of a batch, the hardest.
+        aux_weight: Weight of the auxiliary head's loss.
+        ignore_index: Label of pixels that never count.
+
+    Raises:
+        ValueError: A threshold or weight is out of its range.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        class_weights: Sequence[float] | None = None,
+        ohem_threshold: float | None = None,
+        ohem_min_kept: int = 100_000,
+        aux_weight: float = 0.4,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        if ohem_threshold is not None and not 0 < ohem_threshold <= 1:
+            raise ValueError(f"ohem_threshold is a probability in (0, 1], got {ohem_threshold}")
+        if class_weights is not None and min(class_weights) < 0:
+            raise ValueError(f"class_weights must not be negative, got {list(class_weights)}")
+        weights = None if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.ohem_threshold = ohem_threshold
+        self.ohem_min_kept = ohem_min_kept
+        self.aux_weight = aux_weight
+        self.ignore_index = ignore_index
+
+    def forward(self, outputs: Mapping[str, Tensor], target: Tensor) -> Tensor:
+        """Returns the scalar loss, fp32; zero with zero gradients where every pixel is ignored.
+
+        Args:
+            outputs: `out` and, if there is one, `aux`: logits (N, K, H, W), any float dtype.
+            target: (N, H, W) integer class map.
+
+        Raises:
+            ValueError: There are not as many class weights as classes.
+        """
+        loss = self._cross_entropy(outputs["out"], target)
+        if "aux" in outputs:
+            loss = loss + self.aux_weight * self._cross_entropy(outputs["aux"], target)
+        return loss
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        num_classes = logits.shape[1]
+        if self.class_weights is not None and len(self.class_weights) != num_classes:
+            raise ValueError(
+                f"class_weights has {len(self.class_weights)} entries for {num_classes} classes"
+            )
+        target = target.long()
+        # fp32 also under autocast: a sum over 10^5 pixels does not fit into 8 bits of mantissa.
+        losses = F.cross_entropy(
+            logits.float(), target, ignore_index=self.ignore_index, reduction="none"
+        )
+        counted = target != self.ignore_index
+        if self.ohem_threshold is not None:
+            counted = counted & self._is_hard(losses.detach(), counted)
+        if self.class_weights is None:
+            weights = counted.float()
+        else:
+            # Any class will do at ignored pixels: they are multiplied by zero.
+            weights = self.class_weights[target.clamp(max=num_classes - 1)] * counted
+        return (losses * weights).sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _is_hard(self, losses: Tensor, counted: Tensor) -> Tensor:
+        """Returns a bool map: probability at most the threshold, or among the hardest."""
+        assert self.ohem_threshold is not None
+        probability = (-losses).exp()
+        valid = probability[counted]
+        if valid.numel() == 0:
+            return counted
+        kept = min(max(self.ohem_min_kept, 1), valid.numel())
+        return probability <= valid.kthvalue(kept).values.clamp(min=self.ohem_threshold)

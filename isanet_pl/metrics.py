@@ -1,0 +1,82 @@
+"""The benchmark's metric: mIoU, accuracies and per-class IoU from one confusion matrix."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics.classification import MulticlassJaccardIndex
+
+
+class SegmentationMetrics(MulticlassJaccardIndex):
+    """Accumulates one confusion matrix over a whole split and returns all scores from it.
+
+    mIoU is torchmetrics' macro JaccardIndex: the mean over classes of the IoU of the accumulated
+    matrix (not the mean over images), ignored pixels left out, and classes that occur in neither
+    label nor prediction left out of the mean.
+
+    Args:
+        num_classes: K.
+        class_names: One name for each class; "0", "1", ... if None.
+        ignore_index: Label that is left out.
+
+    Raises:
+        ValueError: There are not as many names as classes.
+    """
+
+    def __init__(
+        self, num_classes: int, class_names: Sequence[str] | None = None, ignore_index: int = 255
+    ) -> None:
+        # validate_args would run torch.unique on every batch; `update` has its own, cheaper check.
+        super().__init__(
+            num_classes, average="macro", ignore_index=ignore_index, validate_args=False
+        )
+        names = [str(i) for i in range(num_classes)] if class_names is None else list(class_names)
+        if len(names) != num_classes:
+            raise ValueError(f"{len(names)} class names for {num_classes} classes: {names}")
+        self.class_names = names
+        self.ignored = ignore_index
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Adds a batch.
+
+        Args:
+            prediction: (N, H, W) integer class map with values 0..K-1.
+            target: (N, H, W) integer class map with values 0..K-1 or `ignore_index`.
+
+        Raises:
+            ValueError: The shapes differ, or a value is outside the classes.
+        """
+        if prediction.shape != target.shape:
+            raise ValueError(
+                f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ"
+            )
+        prediction, target = prediction.long(), target.long()
+        for name, values in (
+            ("prediction", prediction),
+            ("target", target.where(target != self.ignored, 0)),
+        ):
+            low, high = (int(v) for v in values.aminmax()) if values.numel() else (0, 0)
+            if low < 0 or high >= self.num_classes:
+                wrong = low if low < 0 else high
+                raise ValueError(f"{name} holds {wrong}, outside 0..{self.num_classes - 1}")
+        super().update(prediction, target)
+
+    def compute(self) -> dict[str, Tensor]:  # type: ignore[override]  # all scores, not the first
+        """Returns scalars as fractions: `miou`, `macc`, `aacc` and `iou/NAME` for each class.
+
+        A class that is in neither label nor prediction has IoU NaN. `macc` is the mean recall of
+        the classes that occur in the labels. Everything is NaN when all pixels were ignored.
+        """
+        confusion = self.confmat.double()  # rows: label, columns: prediction
+        hits = confusion.diag()
+        labels, predictions = confusion.sum(dim=1), confusion.sum(dim=0)
+        iou = hits / (labels + predictions - hits)  # 0 / 0 is NaN: absent
+        seen = labels.sum() > 0
+        nan = torch.full_like(labels.sum(), torch.nan)
+        scores = {
+            "miou": torch.where(seen, super().compute().double(), nan),
+            "macc": (hits / labels).nanmean(),
+            "aacc": hits.sum() / labels.sum(),
+        }
+        scores.update({f"iou/{name}": iou[i] for i, name in enumerate(self.class_names)})
+        return {name: score.float() for name, score in scores.items()}

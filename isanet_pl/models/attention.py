@@ -1,0 +1,305 @@
+"""Interlaced sparse self-attention (Huang et al., arXiv 1907.12273), the whole of the paper.
+
+Dense self-attention relates all H*W positions of a feature map with one (H*W) x (H*W) affinity.
+ISA factorises it into two small ones. Cut the map into windows of dh x dw positions:
+
+- long range: positions at the same place inside their window attend to each other, so every group
+  is a coarse sampling of the whole map;
+- short range: the positions of one window attend to each other.
+
+One after the other they connect any two positions. Both stages are the same attention block on the
+same numbers in another order, so the map is regrouped once, into a token grid of shape
+(N, C, T, M): T = dh*dw places in a window, M = number of windows. The long-range stage attends
+along M, the short-range stage along T. Convolutions are 1x1 and BatchNorm pools over all positions,
+so neither cares about the order, and the regrouping can wait until the channels are few.
+
+Notation in this file: N batch, C channels, H W map, dh dw window, T places, M windows.
+Parameter names are those of the authors' code (openseg.pytorch, lib/models/modules/isa_block.py).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+AttentionOrder = Literal["long_short", "short_long", "long", "short"]
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int = 1) -> nn.Sequential:
+    """Returns conv (same padding, no bias), BatchNorm, ReLU, numbered 0, 1, 2."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Returns softmax(q k^T / sqrt(C_k)) v along the last axis, separately for each group.
+
+    Args:
+        query: (N, C_k, G, L), G groups of L positions.
+        key: (N, C_k, G, L).
+        value: (N, C_v, G, L).
+        mask: (G, L) bool, True where a position may be attended to; None attends everywhere.
+
+    Returns:
+        (N, C_v, G, L) in channels_last memory order.
+    """
+    query = query.permute(0, 2, 3, 1) * query.shape[1] ** -0.5  # (N, G, L, C_k)
+    scores = query @ key.permute(0, 2, 1, 3)  # (N, G, L, L)
+    if mask is not None:
+        # The lowest finite value rather than -inf: a group that is all padding gets a uniform
+        # affinity, not NaN; its output is cropped away.
+        scores = scores.masked_fill(~mask[:, None, :], torch.finfo(scores.dtype).min)
+    context = scores.softmax(dim=-1).to(value.dtype) @ value.permute(0, 2, 3, 1)  # (N, G, L, C_v)
+    return context.permute(0, 3, 1, 2)
+
+
+class TokenGrid:
+    """Maps (N, C, H, W) to the token grid (N, C, T, M) and back.
+
+    H and W are padded with zeros to multiples of the window, half of it on each side, the odd
+    position on the right and at the bottom, as the reference code does.
+
+    Args:
+        height: H of the map.
+        width: W of the map.
+        window: (dh, dw), the down factor.
+    """
+
+    def __init__(self, height: int, width: int, window: tuple[int, int]) -> None:
+        self.size = (height, width)
+        self.window = window
+        self.windows = (math.ceil(height / window[0]), math.ceil(width / window[1]))
+        pad_h = self.windows[0] * window[0] - height
+        pad_w = self.windows[1] * window[1] - width
+        self.padding = (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Returns the token grid (N, C, T, M) of a map (N, C, H, W)."""
+        if any(self.padding):
+            x = F.pad(x, self.padding)
+        n, c, _, _ = x.shape
+        (mh, mw), (dh, dw) = self.windows, self.window
+        x = x.permute(0, 2, 3, 1).reshape(n, mh, dh, mw, dw, c)
+        x = x.permute(0, 2, 4, 1, 3, 5).reshape(n, dh * dw, mh * mw, c)  # (N, T, M, C)
+        return x.permute(0, 3, 1, 2)
+
+    def merge(self, grid: Tensor) -> Tensor:
+        """Returns the map (N, C, H, W) of a token grid (N, C, T, M), the padding cropped."""
+        n, c, _, _ = grid.shape
+        (mh, mw), (dh, dw) = self.windows, self.window
+        x = grid.permute(0, 2, 3, 1).reshape(n, dh, dw, mh, mw, c)
+        x = x.permute(0, 3, 1, 4, 2, 5).reshape(n, mh * dh, mw * dw, c)  # (N, H', W', C), padded
+        left, _, top, _ = self.padding
+        height, width = self.size
+        return x[:, top : top + height, left : left + width].permute(0, 3, 1, 2)
+
+    def real_positions(self, device: torch.device) -> Tensor:
+        """Returns a bool (T, M), False at the padding."""
+        return self.split(torch.ones(1, 1, *self.size, device=device))[0, 0] > 0
+
+
+class SelfAttentionBlock2D(nn.Module):
+    """Returns self-attention over all positions of a map: (N, C, H, W) -> (N, C_out, H, W).
+
+    Key and query are two conv1x1-BN-ReLU each, the value is one bare conv1x1, the output a
+    conv1x1-BN-ReLU (paper section 3.2; `SelfAttentionBlock2D` of the authors' code).
+
+    Args:
+        in_channels: Channels of the input.
+        key_channels: Channels of key and query, C_k.
+        value_channels: Channels of the value, C_v.
+        out_channels: Channels of the output; `in_channels` if None.
+        value_bias: Give the value conv a bias (mmsegmentation has one, the authors do not).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        key_channels: int,
+        value_channels: int,
+        out_channels: int | None = None,
+        value_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        # One flat Sequential each, so that convs are 0 and 3, BatchNorms 1 and 4.
+        self.f_key = nn.Sequential(
+            *conv_bn_relu(in_channels, key_channels), *conv_bn_relu(key_channels, key_channels)
+        )
+        self.f_query = nn.Sequential(
+            *conv_bn_relu(in_channels, key_channels), *conv_bn_relu(key_channels, key_channels)
+        )
+        self.f_value = nn.Conv2d(in_channels, value_channels, 1, bias=value_bias)
+        self.W = conv_bn_relu(value_channels, out_channels)
+
+    def forward(
+        self,
+        x: Tensor,
+        regroup: Callable[[Tensor], Tensor] | None = None,
+        along: Literal["all", "places", "windows"] = "all",
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the attended map, or token grid.
+
+        Args:
+            x: (N, C, H, W) map, or a (N, C, T, M) token grid.
+            regroup: Applied to the narrow tensors right after the first projections; turns the map
+                into a token grid there. Zero padding added by it meets BatchNorm as in the
+                reference, because the convs before it have no bias and would map 0 to 0.
+            along: Which positions attend to each other: all of the map, the places of a window
+                (short range) or the windows (long range).
+            mask: (T, M) bool, False at positions that nobody may attend to.
+        """
+        query, key = self.f_query[0](x), self.f_key[0](x)
+        # The bias of the value belongs to padded positions too, so it comes after the padding.
+        value = F.conv2d(x, self.f_value.weight)
+        if regroup is not None:
+            query, key, value = regroup(query), regroup(key), regroup(value)
+        if self.f_value.bias is not None:
+            value = value + self.f_value.bias[:, None, None]
+        query, key = self.f_query[1:](query), self.f_key[1:](key)
+
+        if along == "all":
+            shape = query.shape[2:]
+            query, key, value = (t.flatten(2).unsqueeze(2) for t in (query, key, value))
+            context = attend(query, key, value).view(*value.shape[:2], *shape)
+        elif along == "windows":
+            context = attend(query, key, value, mask)
+        else:
+            query, key, value = (t.transpose(2, 3) for t in (query, key, value))
+            context = attend(query, key, value, None if mask is None else mask.T)
+        out: Tensor = self.W(context)
+        # Transposed back only now, because the conv wants its input in true channels_last order.
+        return out.transpose(2, 3) if along == "places" else out
+
+
+class ISABlock(nn.Module):
+    """Returns interlaced sparse self-attention: (N, C, H, W) -> (N, C_out, H, W) for any H, W >= 1.
+
+    Paper section 3.3; `ISA_Block` of the authors' code.
+
+    Args:
+        in_channels: Channels of the input.
+        key_channels: Channels of key and query.
+        value_channels: Channels of the value.
+        out_channels: Channels of the output.
+        down_factor: (dh, dw), the window: how many places it has in each direction.
+        value_bias: Give the value convs a bias.
+        order: The two stages, the other way round, or one alone (ablations).
+        mask_padding: Keep padded positions from being attended to. The reference does not. They
+            take part in BatchNorm's training statistics either way.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        key_channels: int,
+        value_channels: int,
+        out_channels: int,
+        down_factor: tuple[int, int] = (8, 8),
+        value_bias: bool = False,
+        order: AttentionOrder = "long_short",
+        mask_padding: bool = False,
+    ) -> None:
+        super().__init__()
+        if min(down_factor) < 1:
+            raise ValueError(f"down_factor must be two integers >= 1, got {down_factor}")
+        self.down_factor = (down_factor[0], down_factor[1])
+        self.mask_padding = mask_padding
+        self.ranges = order.split("_")
+        for i, name in enumerate(self.ranges):
+            channels = in_channels if i == 0 else out_channels
+            block = SelfAttentionBlock2D(
+                channels, key_channels, value_channels, out_channels, value_bias
+            )
+            self.add_module(f"{name}_range_sa", block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the (N, C_out, H, W) context of a (N, C, H, W) map."""
+        _, _, h, w = x.shape
+        grid = TokenGrid(h, w, self.down_factor)
+        mask = None
+        if self.mask_padding and any(grid.padding):
+            mask = grid.real_positions(x.device)
+        regroup: Callable[[Tensor], Tensor] | None = grid.split
+        for name in self.ranges:
+            along = "windows" if name == "long" else "places"
+            x = self.get_submodule(f"{name}_range_sa")(x, regroup, along, mask)  # (N, C_out, T, M)
+            regroup = None
+        return grid.merge(x)
+
+    def extra_repr(self) -> str:
+        """Returns what the parameters do not show."""
+        return f"down_factor={self.down_factor}, order={'_'.join(self.ranges)!r}"
+
+
+class ISAModule(nn.Module):
+    """Returns a map with its ISA context mixed in: (N, C, H, W) -> (N, C_out, H, W), any H, W >= 1.
+
+    One ISA block for each down factor, concatenated with the input, then conv1x1-BN-ReLU and
+    Dropout2d (paper section 3.4; `ISA_Module` of the authors' code). With several down factors the
+    input first goes through a conv1x1-BN-ReLU to as many channels as the blocks return together.
+
+    Args:
+        in_channels: Channels of the input.
+        key_channels: Channels of key and query.
+        value_channels: Channels of the value.
+        out_channels: Channels of each block's output and of the module's.
+        down_factors: One window (dh, dw) for each block.
+        dropout: Probability of Dropout2d on the output.
+        value_bias: Give the value convs a bias.
+        context_first: Concatenate [contexts, input] (mmsegmentation) instead of [input, contexts].
+        order: See `ISABlock`.
+        mask_padding: See `ISABlock`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        key_channels: int,
+        value_channels: int,
+        out_channels: int,
+        down_factors: Sequence[tuple[int, int]] = ((8, 8),),
+        dropout: float = 0.0,
+        value_bias: bool = False,
+        context_first: bool = False,
+        order: AttentionOrder = "long_short",
+        mask_padding: bool = False,
+    ) -> None:
+        super().__init__()
+        if not down_factors:
+            raise ValueError("down_factors must name at least one window, such as [[8, 8]]")
+        self.context_first = context_first
+        self.stages = nn.ModuleList(
+            ISABlock(
+                in_channels,
+                key_channels,
+                value_channels,
+                out_channels,
+                down_factor,
+                value_bias,
+                order,
+                mask_padding,
+            )
+            for down_factor in down_factors
+        )
+        context_channels = len(down_factors) * out_channels
+        input_channels = in_channels if len(down_factors) == 1 else context_channels
+        self.up_conv = conv_bn_relu(in_channels, input_channels) if len(down_factors) > 1 else None
+        self.conv_bn = conv_bn_relu(input_channels + context_channels, out_channels)
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the (N, C_out, H, W) features of a (N, C, H, W) map."""
+        contexts = [stage(x) for stage in self.stages]
+        if self.up_conv is not None:
+            x = self.up_conv(x)
+        parts = [*contexts, x] if self.context_first else [x, *contexts]
+        out: Tensor = self.dropout(self.conv_bn(torch.cat(parts, dim=1)))
+        return out

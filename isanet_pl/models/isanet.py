@@ -1,0 +1,246 @@
+"""The network: backbone, ISA head, classifier, in the two published forms."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from isanet_pl.models.attention import AttentionOrder, ISAModule, conv_bn_relu
+from isanet_pl.models.backbone import Backbone
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+@final
+class ISANet(nn.Module):
+    """Returns per-pixel class scores of an image, with ISA context (arXiv 1907.12273).
+
+    Two published forms:
+
+    - `direct`: the ISA module works straight on the backbone's channels; conv3x3 (with bias),
+      BatchNorm, ReLU; bilinear to the input's size; conv3x3 classifier at full resolution. No
+      auxiliary head.
+    - `reduced` (the authors' code and mmsegmentation): conv3x3-BN-ReLU to `out_channels`, ISA
+      module on these, conv1x1 classifier, bilinear to the input's size. Auxiliary FCN head on the
+      stage before the last.
+
+    Args:
+        num_classes: K; the command line takes it from the data.
+        backbone: A timm ResNet: resnet18, resnet34, resnet50, resnet101, resnet50c, resnet101c.
+        output_stride: Input pixels per feature position.
+        last_stage: The last residual stage of the backbone to build; 4 is the whole ResNet.
+        pretrained: Load timm's ImageNet weights (downloads them).
+        weights_path: Load backbone weights from this local file, whole or in part.
+        form: The form of the network, see above.
+        context: `isa`, or `none`: the same projection without attention (an ablation).
+        down_factors: One window (dh, dw) for each ISA block of the module.
+        key_channels: Channels of key and query.
+        value_channels: Channels of the value.
+        out_channels: Channels of the context features and of the classifier's input.
+        dropout: Probability of Dropout2d after the ISA module; None: 0.1 if reduced, else 0.
+        aux_head: Build the auxiliary head; None: if reduced.
+        aux_channels: Channels inside the auxiliary head (mmsegmentation 256, the authors 512).
+        align_corners: Of the bilinear upsampling; None: if direct.
+        classify_before_upsampling: Direct form only: run the classifier on the small map, which is
+            cheaper by the square of the stride.
+        order: The stages of ISA, the other way round, or one alone (ablations).
+        mask_padding: Keep ISA's padded positions from being attended to; the reference does not.
+        value_bias: Give the value convs a bias (mmsegmentation).
+        context_first: Concatenate [context, input] instead of [input, context] (mmsegmentation).
+        ceil_mode: Round the max-pool's size up (the authors' backbone).
+        mean: RGB mean that `normalise` subtracts, in 0..255.
+        std: RGB standard deviation that `normalise` divides by, in 0..255.
+
+    Attributes:
+        arguments: What the network was built with; a checkpoint keeps it.
+
+    Raises:
+        ValueError: An argument is out of its range, or a weights file does not fit.
+        FileNotFoundError: `weights_path` does not exist.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet50",
+        output_stride: Literal[8, 16, 32] = 8,
+        last_stage: Literal[1, 2, 3, 4] = 4,
+        pretrained: bool = False,
+        weights_path: str | None = None,
+        form: Literal["direct", "reduced"] = "direct",
+        context: Literal["isa", "none"] = "isa",
+        down_factors: Sequence[tuple[int, int]] = ((8, 8),),
+        key_channels: int = 256,
+        value_channels: int = 512,
+        out_channels: int = 512,
+        dropout: float | None = None,
+        aux_head: bool | None = None,
+        aux_channels: int = 256,
+        align_corners: bool | None = None,
+        classify_before_upsampling: bool = False,
+        order: AttentionOrder = "long_short",
+        mask_padding: bool = False,
+        value_bias: bool = False,
+        context_first: bool = False,
+        ceil_mode: bool = False,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+    ) -> None:
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        self.arguments = arguments
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        reduced = form == "reduced"
+        if reduced and classify_before_upsampling:
+            raise ValueError(
+                "classify_before_upsampling is for the direct form; reduced always does so"
+            )
+        dropout = (0.1 if reduced else 0.0) if dropout is None else dropout
+        self.form = form
+        self.align_corners = not reduced if align_corners is None else align_corners
+        self.classify_before_upsampling = reduced or classify_before_upsampling
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+        self.backbone = Backbone(backbone, output_stride, last_stage, ceil_mode)
+        before_channels, channels = self.backbone.channels
+        self.reduce: nn.Module = nn.Identity()
+        if reduced:
+            self.reduce = conv_bn_relu(channels, out_channels, kernel_size=3)
+            channels = out_channels
+        self.context: nn.Module
+        if context == "isa":
+            self.context = ISAModule(
+                channels,
+                key_channels,
+                value_channels,
+                out_channels,
+                down_factors,
+                dropout,
+                value_bias=value_bias,
+                context_first=context_first,
+                order=order,
+                mask_padding=mask_padding,
+            )
+        else:
+            self.context = nn.Sequential(
+                conv_bn_relu(channels, out_channels), nn.Dropout2d(dropout)
+            )
+        self.project: nn.Module = nn.Identity()
+        if reduced:
+            self.classifier = nn.Conv2d(out_channels, num_classes, 1)
+        else:
+            # The published direct form gives its 3x3 convs a bias, also before BatchNorm.
+            self.project = nn.Sequential(
+                nn.Conv2d(out_channels, out_channels, 3, padding=1),
+                nn.BatchNorm2d(out_channels),
+                nn.ReLU(inplace=True),
+            )
+            self.classifier = nn.Conv2d(out_channels, num_classes, 3, padding=1)
+        self.aux_head: nn.Sequential | None = None
+        if reduced if aux_head is None else aux_head:
+            self.aux_head = nn.Sequential(
+                *conv_bn_relu(before_channels, aux_channels, kernel_size=3),
+                nn.Dropout2d(dropout),
+                nn.Conv2d(aux_channels, num_classes, 1),
+            )
+        nn.init.normal_(self.classifier.weight, std=0.01)
+
+        if pretrained and weights_path is not None:
+            raise ValueError("give either pretrained: true or weights_path, not both")
+        if weights_path is not None:
+            self.backbone.load_file(weights_path)
+        if pretrained:
+            self.backbone.load_pretrained()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Returns logits at the input's size, in torchvision's convention.
+
+        Args:
+            x: (N, 3, H, W) float, normalised RGB (see `normalise`).
+
+        Returns:
+            `out`: (N, K, H, W) logits; in training mode also `aux`, the same of the auxiliary
+            head, where there is one.
+        """
+        size = x.shape[2:]
+        before, features = self.backbone(x)
+        features = self.project(self.context(self.reduce(features)))
+        if self.classify_before_upsampling:
+            logits = self._upsample(self.classifier(features), size)
+        else:
+            logits = self.classifier(self._upsample(features, size))
+        outputs = {"out": logits}
+        if self.training and self.aux_head is not None:
+            outputs["aux"] = self._upsample(self.aux_head(before), size)
+        return outputs
+
+    def _upsample(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        return F.interpolate(x, size, mode="bilinear", align_corners=self.align_corners)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """Returns what `forward` takes: float, minus `mean`, divided by `std`, channels_last.
+
+        Args:
+            image: (N, 3, H, W) uint8 RGB, on the network's device.
+        """
+        x = (image.to(self.mean.dtype) - self.mean) / self.std
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def predict(self, image: Image.Image | Tensor) -> Tensor:
+        """Returns the class map (H, W) of one image, uint8, on the CPU. Sets eval mode.
+
+        Args:
+            image: A PIL image in any mode, or a uint8 (3, H, W) RGB tensor.
+
+        Raises:
+            ValueError: The tensor is not uint8 (3, H, W).
+        """
+        pixels: Tensor = (
+            pil_to_tensor(image.convert("RGB")) if isinstance(image, Image.Image) else image
+        )
+        if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
+            raise ValueError(
+                f"predict takes a PIL image or a uint8 (3, H, W) tensor, "
+                f"got {pixels.dtype} {tuple(pixels.shape)}"
+            )
+        self.eval()
+        logits: Tensor = self(self.normalise(pixels[None].to(self.mean.device)))["out"]
+        return logits[0].argmax(dim=0).to(torch.uint8).cpu()
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> "ISANet":
+        """Returns the trained network, in eval mode, from a checkpoint of `isanet-pl fit` alone.
+
+        Args:
+            path: The checkpoint. It is read with `weights_only`: nothing in it is executed.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is no checkpoint of this project.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"checkpoint not found: {path}")
+        try:
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            network_args: dict[str, Any] = checkpoint["hyper_parameters"]["network"]
+            weights: dict[str, Tensor] = checkpoint["state_dict"]
+        except Exception as error:
+            raise ValueError(f"{path} is not a checkpoint of isanet-pl: {error!r}") from error
+        network = cls(**network_args)
+        prefix = "network."
+        network.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        )
+        return network.eval()

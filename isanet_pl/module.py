@@ -1,0 +1,245 @@
+"""The LightningModule: one step for all stages, metrics, optimiser groups, poly schedule."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from isanet_pl.errors import InputError
+from isanet_pl.losses import SegmentationLoss
+from isanet_pl.metrics import SegmentationMetrics
+from isanet_pl.models import ISANet
+
+# What a checkpoint and a config may disagree about: it leaves the trained function as it is.
+TRAINING_ONLY = frozenset({"pretrained", "weights_path", "dropout"})
+
+
+def poly_schedule(
+    total_steps: int, power: float, end_factor: float, warmup_fraction: float
+) -> Callable[[int], float]:
+    """Returns the learning rate, as a factor of its base, for each optimiser step 0, 1, ...
+
+    Linear from zero over the warm-up, then (1 - progress)^power from 1 down to `end_factor`.
+    """
+    warmup_steps = round(total_steps * warmup_fraction)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return end_factor + (1 - end_factor) * float((1 - progress) ** power)
+
+    return factor
+
+
+class SegmentationModule(pl.LightningModule):
+    """Trains and evaluates a segmentation network.
+
+    Args:
+        network: The network.
+        loss: The training loss.
+        class_names: Names of the classes 0..K-1; the command line takes them from the data.
+        palette: RGB colours of the classes, 0..255; the command line takes them from the data.
+        optimizer: The optimiser, given parameter groups; SGD as in the literature by default.
+        new_layers_lr_factor: Learning rate of everything that no loaded weights were found for
+            (the head, and what the backbone's file lacks), as a factor of the optimiser's.
+        poly_power: Power of the polynomial decay.
+        end_lr_factor: Learning rate at the last step, as a factor of the base (mmsegmentation
+            ends at 0.01, the authors at 0).
+        warmup_fraction: Share of the steps over which the learning rate rises linearly from zero.
+    """
+
+    hparams: Any
+
+    def __init__(
+        self,
+        network: ISANet,
+        loss: SegmentationLoss,
+        class_names: Sequence[str],
+        palette: Sequence[Sequence[int]],
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
+            params, lr=0.01, momentum=0.9, weight_decay=5e-4
+        ),
+        new_layers_lr_factor: float = 1.0,
+        poly_power: float = 0.9,
+        end_lr_factor: float = 0.01,
+        warmup_fraction: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        # CPU and GPU convs alike run fastest, in mixed precision, with channels last.
+        self.network = network.to(memory_format=torch.channels_last)
+        self.loss = loss
+        self.class_names = list(class_names)
+        self.palette = [tuple(colour) for colour in palette]
+        self.optimizer = optimizer
+        self.new_layers_lr_factor = new_layers_lr_factor
+        self.poly_power = poly_power
+        self.end_lr_factor = end_lr_factor
+        self.warmup_fraction = warmup_fraction
+        num_classes = len(self.class_names)
+        self.metrics = nn.ModuleDict(
+            {
+                stage: SegmentationMetrics(num_classes, self.class_names, loss.ignore_index)
+                for stage in ("val", "test")
+            }
+        )
+
+    def _step(self, batch: Mapping[str, Any], stage: str) -> tuple[Tensor, Tensor]:
+        """Returns the loss and the logits (N, K, H, W) of a batch; logs the loss."""
+        outputs = self.network(self.network.normalise(batch["image"]))
+        loss: Tensor = self.loss(outputs, batch["mask"])
+        training = stage == "train"
+        self.log(
+            f"{stage}/loss",
+            loss,
+            on_step=training,
+            on_epoch=not training,
+            prog_bar=training,
+            batch_size=len(batch["image"]),
+        )
+        return loss, outputs["out"]
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Returns the loss of a batch.
+
+        Raises:
+            InputError: The loss is not finite.
+        """
+        loss, _ = self._step(batch, "train")
+        if not loss.isfinite():
+            self._stop(f"the loss is {loss.item()} on {', '.join(batch['name'])}")
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stops before a gradient that is not finite reaches the weights.
+
+        Raises:
+            InputError: A gradient is NaN or infinite.
+        """
+        if self.trainer.precision == "16-mixed":
+            return  # its gradient scaler expects overflows and skips the step
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            self._stop("a gradient is not finite")
+
+    def _stop(self, reason: str) -> None:
+        raise InputError(
+            f"training stopped at step {self.global_step}: {reason}. The weights are those of the "
+            "step before, and the checkpoints of earlier validations are kept. Try a lower "
+            "learning rate, --trainer.gradient_clip_val 5, a warm-up, or precision bf16-mixed"
+        )
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Returns the class map (N, H, W) of a batch and adds it to the metric."""
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Returns the class map (N, H, W) of a batch and adds it to the metric."""
+        return self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Returns the class map (N, H, W) of a batch."""
+        logits: Tensor = self.network(self.network.normalise(batch["image"]))["out"]
+        return logits.argmax(dim=1)
+
+    def _evaluate(self, batch: Mapping[str, Any], stage: Literal["val", "test"]) -> Tensor:
+        _, logits = self._step(batch, stage)
+        prediction = logits.argmax(dim=1)
+        self.metrics[stage].update(prediction, batch["mask"])  # type: ignore[operator]
+        return prediction
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the scores of the whole split."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the scores of the whole split."""
+        self._log_scores("test")
+
+    def _log_scores(self, stage: Literal["val", "test"]) -> None:
+        metrics = self.metrics[stage]
+        assert isinstance(metrics, SegmentationMetrics)
+        # `compute` has already summed the confusion matrix over all processes.
+        self.log_dict({f"{stage}/{name}": score for name, score in metrics.compute().items()})
+        metrics.reset()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Returns the parameters with loaded weights, and all others, as optimiser groups."""
+        backbone = self.network.backbone
+        loaded = {id(p) for name, p in backbone.net.named_parameters() if name in backbone.loaded}
+        groups: list[dict[str, Any]] = [
+            {"name": "pretrained", "params": [p for p in self.parameters() if id(p) in loaded]},
+            {"name": "new", "params": [p for p in self.parameters() if id(p) not in loaded]},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Returns the optimiser and the schedule, which steps with it.
+
+        Raises:
+            InputError: The number of steps is not known.
+        """
+        optimizer = self.optimizer(self.parameter_groups())
+        for group in optimizer.param_groups:
+            if group["name"] == "new":
+                group["lr"] *= self.new_layers_lr_factor
+        total_steps = self.trainer.estimated_stepping_batches
+        if not 0 < total_steps < math.inf:
+            raise InputError(
+                "the schedule needs the length of the run: set trainer.max_steps or max_epochs"
+            )
+        factor = poly_schedule(
+            int(total_steps), self.poly_power, self.end_lr_factor, self.warmup_fraction
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Makes the checkpoint complete by itself: it needs no weights file to be rebuilt."""
+        saved = dict(checkpoint.get("hyper_parameters", {}))
+        # From Python these two are objects, not the command line's description of them.
+        for name in ("loss", "optimizer"):
+            if not isinstance(saved.get(name), Mapping):
+                saved.pop(name, None)
+        saved["network"] = {**self.network.arguments, "pretrained": False, "weights_path": None}
+        checkpoint["hyper_parameters"] = saved
+        checkpoint["pretrained_names"] = sorted(self.network.backbone.loaded)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another network; restores which weights were pretrained.
+
+        Raises:
+            InputError: Classes or network of the checkpoint differ from this module's.
+        """
+        saved = checkpoint.get("hyper_parameters", {})
+        names = list(saved.get("class_names", self.class_names))
+        if names != self.class_names:
+            raise InputError(
+                f"the checkpoint was trained for {len(names)} classes ({', '.join(names)}), but "
+                f"the data has {len(self.class_names)} ({', '.join(self.class_names)}); give the "
+                "data set it was trained on, or train anew"
+            )
+        network = saved.get("network", {})
+        differences = [
+            f"model.network.{key}: checkpoint {network[key]}, config {value}"
+            for key, value in self.network.arguments.items()
+            if key in network
+            and key not in TRAINING_ONLY
+            and json.dumps(network[key]) != json.dumps(value)
+        ]
+        if differences:
+            raise InputError(
+                "the checkpoint holds another network than the config describes; change the "
+                "config or use the run's own config.yaml:\n  " + "\n  ".join(differences)
+            )
+        self.network.backbone.loaded = frozenset(checkpoint.get("pretrained_names", ()))
