@@ -134,6 +134,14 @@ class ResultTable(pl.Callback):
         """Reports `test`."""
         self._report(trainer, pl_module, "test")
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Removes the run folder if nothing was written to it, as when the data is refused."""
+        folder = trainer.log_dir if trainer.is_global_zero else None
+        if folder is not None and Path(folder).is_dir() and not any(Path(folder).iterdir()):
+            Path(folder).rmdir()
+
     @rank_zero_only
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         scores = {

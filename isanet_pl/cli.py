@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,13 @@ def new_run_folder(runs_dir: str, name: str) -> Path:
             ) from error
 
 
+def _find_input_error(error: BaseException | None) -> InputError | None:
+    """Returns the first InputError among an error and those it was raised from."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 class SegmentationCLI(LightningCLI):
     """Builds data, network and trainer from a config and runs one of the commands."""
 
@@ -62,7 +70,6 @@ class SegmentationCLI(LightningCLI):
                 "checkpoint.monitor": "val/miou",
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.enable_version_counter": False,
             }
@@ -95,7 +102,8 @@ class SegmentationCLI(LightningCLI):
         """Builds everything; without pretrained weights where a checkpoint brings its own.
 
         Raises:
-            InputError: A checkpoint is needed, or the named one does not exist.
+            InputError: A checkpoint is needed, the named one does not exist, or a class refuses one
+                of its arguments.
         """
         if self.subcommand is None:
             return super().instantiate_classes()
@@ -105,19 +113,26 @@ class SegmentationCLI(LightningCLI):
             raise InputError(f"{self.subcommand} needs trained weights: --ckpt_path FILE")
         if checkpoint is not None and not Path(checkpoint).is_file():
             raise InputError(f"checkpoint not found: --ckpt_path {checkpoint}")
+        if checkpoint is not None and not zipfile.is_zipfile(checkpoint):
+            raise InputError(f"{checkpoint} is not a checkpoint, or is truncated")
         network = config.model.network
         wanted = network.weights_path, network.pretrained
         if checkpoint is not None:
             network.weights_path, network.pretrained = None, False
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except (ValueError, FileNotFoundError) as error:
+            # An argument that a class refuses. jsonargparse wraps it into its own message.
+            raise _find_input_error(error) or InputError(str(error)) from error
         # The run's config.yaml, written later, keeps what the user asked for.
         network.weights_path, network.pretrained = wanted
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Returns the trainer, logging to a new run folder unless the config has a logger."""
         config = self.config.get(str(self.subcommand), self.config)
-        logs = config.trainer.logger in (None, True) and not config.trainer.fast_dev_run
-        if logs and self.subcommand is not None:
+        if config.trainer.fast_dev_run:
+            kwargs["logger"] = False
+        elif config.trainer.logger in (None, True) and self.subcommand is not None:
             kwargs["logger"] = self._loggers(config)
         return super().instantiate_trainer(**kwargs)
 
@@ -171,7 +186,12 @@ def main(args: ArgsType = None, run: bool = True) -> SegmentationCLI:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         trainer_defaults={
-            "callbacks": [ResultTable()],
+            # Not ModelCheckpoint's save_last: in Lightning 2.6 that writes only together with a
+            # new best, so that a run would resume from its best step and not from its last.
+            "callbacks": [
+                ResultTable(),
+                ModelCheckpoint(filename="last", enable_version_counter=False),
+            ],
             "log_every_n_steps": 10,
             "max_epochs": -1,
         },
@@ -192,7 +212,9 @@ def _configure_messages() -> None:
         # Lightning's own use of torch's pytree, and its size estimate of the model.
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
         "Precision .* is not supported by the model summary",
-        # Validation reads one image at a time on purpose: sizes may differ.
+        # Of no use: we log by step, and short runs are short on purpose.
         "The number of training batches .* is smaller than the logging interval",
+        # A run in a new folder continues from a checkpoint in another: intended.
+        "The dirpath has changed from",
     ):
         warnings.filterwarnings("ignore", message=message)

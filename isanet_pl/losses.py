@@ -41,8 +41,8 @@ class SegmentationLoss(nn.Module):
         super().__init__()
         if ohem_threshold is not None and not 0 < ohem_threshold <= 1:
             raise ValueError(f"ohem_threshold is a probability in (0, 1], got {ohem_threshold}")
-        if class_weights is not None and min(class_weights) < 0:
-            raise ValueError(f"class_weights must not be negative, got {list(class_weights)}")
+        if class_weights is not None and not all(weight >= 0 for weight in class_weights):
+            raise ValueError(f"class_weights must be numbers >= 0, got {list(class_weights)}")
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
         self.ohem_threshold = ohem_threshold
@@ -83,7 +83,7 @@ class SegmentationLoss(nn.Module):
             weights = counted.float()
         else:
             # Any class will do at ignored pixels: they are multiplied by zero.
-            weights = self.class_weights[target.clamp(max=num_classes - 1)] * counted
+            weights = self.class_weights[target.clamp(0, num_classes - 1)] * counted
         return (losses * weights).sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
     def _is_hard(self, losses: Tensor, counted: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class SegmentationMetrics(MulticlassJaccardIndex):
         ignore_index: Label that is left out.
 
     Raises:
-        ValueError: There are not as many names as classes.
+        ValueError: There are not as many names as classes, or a name occurs twice.
     """
 
     def __init__(
@@ -31,8 +31,8 @@ class SegmentationMetrics(MulticlassJaccardIndex):
             num_classes, average="macro", ignore_index=ignore_index, validate_args=False
         )
         names = [str(i) for i in range(num_classes)] if class_names is None else list(class_names)
-        if len(names) != num_classes:
-            raise ValueError(f"{len(names)} class names for {num_classes} classes: {names}")
+        if len(names) != num_classes or len(set(names)) != num_classes:
+            raise ValueError(f"{num_classes} classes need as many different names, got {names}")
         self.class_names = names
         self.ignored = ignore_index
 

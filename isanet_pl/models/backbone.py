@@ -1,14 +1,34 @@
 """Dilated ResNets from timm, and the loading of their weights."""
 
+import importlib
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from torch import Tensor, nn
 
+
+def _import_timm() -> Any:
+    """Returns timm, imported without wandb.
+
+    timm imports wandb for its own training script wherever it is installed (timm/utils/summary.py),
+    a second of start-up that nobody asked for. None in its place makes that import fail, as timm
+    expects it to where wandb is not installed.
+    """
+    absent = "wandb" not in sys.modules
+    if absent:
+        sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("timm")
+    finally:
+        if absent:
+            del sys.modules["wandb"]
+
+
+timm = _import_timm()
 log = logging.getLogger(__name__)
 
 
@@ -43,15 +63,23 @@ class Backbone(nn.Module):
         if not timm.is_model(name):
             near = ", ".join(timm.list_models("resnet*")[:8])
             raise ValueError(f"timm has no model named {name!r}; ResNets are: {near}, ...")
+        if not timm.models.is_model_in_modules(name, {"resnet"}):
+            raise ValueError(f"backbone {name!r} is not a ResNet; try resnet18 or resnet50")
+        if output_stride not in (8, 16, 32) or last_stage not in (1, 2, 3, 4):
+            raise ValueError(
+                f"output_stride is 8, 16 or 32 and last_stage 1 to 4, got {output_stride} and "
+                f"{last_stage}"
+            )
         net: Any = timm.create_model(
             name,
             features_only=True,
             output_stride=output_stride,
             out_indices=(last_stage - 1, last_stage),
         )
-        if "maxpool" not in net or "layer1" not in net:
-            raise ValueError(f"backbone {name!r} is not a ResNet; try resnet18 or resnet50")
-        net["maxpool"].ceil_mode = ceil_mode
+        if ceil_mode:
+            if not isinstance(net["maxpool"], nn.MaxPool2d):
+                raise ValueError(f"backbone {name!r} has no max-pool to apply ceil_mode to")
+            net["maxpool"].ceil_mode = True
         self.name = name
         self.net: nn.Module = net
         before, last = net.feature_info.channels()

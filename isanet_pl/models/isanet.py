@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from isanet_pl.models.attention import AttentionOrder, ISAModule, conv_bn_relu
 from isanet_pl.models.backbone import Backbone
+
+Form = Literal["direct", "reduced"]
+Context = Literal["isa", "none"]
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -76,8 +79,8 @@ class ISANet(nn.Module):
         last_stage: Literal[1, 2, 3, 4] = 4,
         pretrained: bool = False,
         weights_path: str | None = None,
-        form: Literal["direct", "reduced"] = "direct",
-        context: Literal["isa", "none"] = "isa",
+        form: Form = "direct",
+        context: Context = "isa",
         down_factors: Sequence[tuple[int, int]] = ((8, 8),),
         key_channels: int = 256,
         value_channels: int = 512,
@@ -98,8 +101,13 @@ class ISANet(nn.Module):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.arguments = arguments
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        if not 2 <= num_classes <= 254:
+            raise ValueError(f"num_classes must be 2 to 254 (masks are uint8), got {num_classes}")
+        if form not in get_args(Form) or context not in get_args(Context):
+            raise ValueError(
+                f"form is one of {get_args(Form)} and context one of {get_args(Context)}, got "
+                f"{form!r} and {context!r}"
+            )
         reduced = form == "reduced"
         if reduced and classify_before_upsampling:
             raise ValueError(

@@ -1,0 +1,73 @@
+"""Draws the two stages of ISA, from the grouping that the code really uses.
+
+python scripts/draw_stages.py    writes docs/two_stages.png
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from isanet_pl.models.attention import TokenGrid
+
+SIDE, WINDOW = 12, 4
+ROW, COLUMN = 5, 6  # the position that is followed
+
+
+def groups(long_range: bool) -> Tensor:
+    """Returns the number of the group that each position attends in, (SIDE, SIDE)."""
+    grid = TokenGrid(SIDE, SIDE, (WINDOW, WINDOW))
+    places, windows = WINDOW**2, (SIDE // WINDOW) ** 2
+    number = torch.arange(places)[:, None] if long_range else torch.arange(windows)[None, :]
+    tokens = number.expand(places, windows).float()
+    return grid.merge(tokens[None, None])[0, 0].long()
+
+
+def draw(axis: Axes, colours: Tensor, strong: Tensor, title: str) -> None:
+    """Draws one map: a colour for each group, strong where the followed position looks."""
+    picture = torch.from_numpy(colormaps["tab20"](colours.numpy() % 20)).clone()
+    picture[..., 3] = torch.where(strong, 1.0, 0.28)
+    axis.imshow(picture.numpy())
+    for edge in range(SIDE + 1):
+        width = 1.6 if edge % WINDOW == 0 else 0.3
+        axis.axhline(edge - 0.5, color="black", lw=width)
+        axis.axvline(edge - 0.5, color="black", lw=width)
+    axis.plot(COLUMN, ROW, marker="*", color="black", markersize=13)
+    axis.set_title(title, fontsize=10)
+    axis.set_axis_off()
+
+
+def main() -> None:
+    """Writes the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("docs/two_stages.png"))
+    path: Path = parser.parse_args().output
+    long_range, short_range = groups(long_range=True), groups(long_range=False)
+    follows_long = long_range == long_range[ROW, COLUMN]
+    follows_short = short_range == short_range[ROW, COLUMN]
+    # After both, the star knows what its window's positions know, each from its own group.
+    known = torch.isin(long_range, long_range[follows_short])
+    share = (follows_long.sum() + follows_short.sum()).item() / SIDE**2
+    figure = Figure(figsize=(10, 3.9), dpi=110, layout="constrained")
+    axes = figure.subplots(1, 3)
+    draw(axes[0], long_range, follows_long, "1. long range: same place in every window")
+    draw(axes[1], short_range, follows_short, "2. short range: the positions of one window")
+    seen = torch.full_like(long_range, 4)
+    draw(axes[2], seen, known, "after both: the star knows every position")
+    figure.suptitle(
+        f"The star attends to {int(follows_long.sum())} + {int(follows_short.sum())} positions "
+        f"instead of {SIDE**2} ({100 * share:.0f} %); at 128 x 128 with windows of 8 x 8 it is "
+        f"{100 * (16**2 + 8**2) / 128**2:.0f} %",
+        fontsize=10,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""The command line, in this process: what runs leave behind, and how bad input is refused."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from isanet_pl.cli import main, new_run_folder
+from isanet_pl.errors import InputError
+from isanet_pl.models import ISANet
+
+TINY = """
+model:
+  network:
+    backbone: resnet18
+    last_stage: 1
+    key_channels: 8
+    value_channels: 8
+    out_channels: 8
+    down_factors: [[4, 4]]
+    classify_before_upsampling: true
+  loss: {}
+data:
+  class_path: Synthetic
+  init_args:
+    {cells: 2, num_train: 8, num_eval: 4, batch_size: 2, eval_batch_size: 2, num_workers: 0}
+trainer:
+  max_steps: 4
+  val_check_interval: 2
+  check_val_every_n_epoch: null
+  accelerator: cpu
+  enable_progress_bar: false
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_process_arguments(monkeypatch):
+    # LightningCLI warns when a process has arguments of its own besides the given ones.
+    monkeypatch.setattr(sys, "argv", ["isanet-pl"])
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def run(command, config, tmp_path, *args):
+    runs = ["--runs_dir", str(tmp_path / "runs")]
+    return main([command, "--config", str(config), *runs, *map(str, args)])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Returns the run folder of a finished fit."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = folder / "tiny.yaml"
+    config.write_text(TINY)
+    main(["fit", "--config", str(config), "--runs_dir", str(folder / "runs")])
+    return folder / "runs" / "tiny" / "version_0"
+
+
+def test_fit_leaves_everything_in_its_run_folder(trained):
+    assert (trained / "checkpoints" / "best.ckpt").is_file()
+    assert (trained / "checkpoints" / "last.ckpt").is_file()
+    assert sorted(p.name for p in (trained / "panels").iterdir()) == [
+        "val_step=000002.png",
+        "val_step=000004.png",
+    ]
+    rows = list(csv.DictReader((trained / "metrics.csv").open()))
+    assert any(row["val/miou"] for row in rows)
+    results = json.loads((trained / "results.json").read_text())
+    assert results["step"] == 4
+    assert set(results["scores"]) >= {"miou", "macc", "aacc", "iou/background", "iou/red"}
+
+
+def test_saved_config_is_complete_and_runs_again_in_a_new_folder(trained, tmp_path):
+    saved = yaml.safe_load((trained / "config.yaml").read_text())
+    assert saved["model"]["network"]["mean"] == [123.675, 116.28, 103.53]
+    assert saved["model"]["optimizer"]["init_args"]["momentum"] == 0.9
+    first = run("fit", trained / "config.yaml", tmp_path, "--trainer.max_steps", 2)
+    second = run("fit", trained / "config.yaml", tmp_path, "--trainer.max_steps", 2)
+    assert Path(first.trainer.log_dir) == tmp_path / "runs" / "tiny" / "version_0"
+    assert Path(second.trainer.log_dir) == tmp_path / "runs" / "tiny" / "version_1"
+
+
+def test_fit_ends_with_the_table(tiny, tmp_path, capsys):
+    run("fit", tiny, tmp_path)
+    out = capsys.readouterr().out
+    for word in ("mIoU", "mAcc", "aAcc", "background", "red", "yellow"):
+        assert word in out
+
+
+def test_validate_gives_the_score_of_the_fit(trained, tmp_path):
+    checkpoint = trained / "checkpoints" / "last.ckpt"
+    cli = run("validate", trained / "config.yaml", tmp_path, "--ckpt_path", checkpoint)
+    fitted = json.loads((trained / "results.json").read_text())["scores"]["miou"]
+    assert float(cli.trainer.callback_metrics["val/miou"]) == pytest.approx(fitted, abs=1e-5)
+
+
+def test_test_reports_under_its_own_name(trained, tmp_path, capsys):
+    checkpoint = trained / "checkpoints" / "best.ckpt"
+    cli = run("test", trained / "config.yaml", tmp_path, "--ckpt_path", checkpoint)
+    assert "test/miou" in cli.trainer.callback_metrics
+    assert "val/miou" not in cli.trainer.callback_metrics
+    assert "test:" in capsys.readouterr().out
+
+
+def test_predict_writes_masks_and_overlays_at_the_images_own_size(trained, tmp_path):
+    images = tmp_path / "images"
+    (images / "more").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    sizes = {"a.jpg": (50, 31), "more/b.png": (64, 64)}
+    for name, (width, height) in sizes.items():
+        pixels = rng.integers(0, 256, size=(height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / name)
+    out = tmp_path / "out"
+    checkpoint = trained / "checkpoints" / "best.ckpt"
+    arguments = ("--ckpt_path", checkpoint, "--data.predict_dir", images, "--output", out)
+    run("predict", trained / "config.yaml", tmp_path, *arguments)
+    network = ISANet.from_checkpoint(checkpoint)
+    for name, size in sizes.items():
+        with Image.open((out / "masks" / name).with_suffix(".png")) as mask:
+            assert mask.mode == "P"
+            assert mask.size == size
+            assert mask.getpalette()[3:6] == [230, 60, 50]  # red
+            written = np.array(mask)
+        with Image.open(images / name) as image:
+            expected = network.predict(image).numpy()
+        assert (written == expected).all()
+        with Image.open((out / "overlays" / name).with_suffix(".png")) as picture:
+            assert picture.mode == "RGB"
+            assert picture.size == size
+
+
+def test_last_checkpoint_is_the_last_step_and_not_the_last_best(trained):
+    last = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 4
+
+
+def test_resume_continues_where_the_run_stopped(trained, tmp_path):
+    checkpoint = trained / "checkpoints" / "last.ckpt"
+    arguments = ("--ckpt_path", checkpoint, "--trainer.max_steps", 6)
+    log_all = ("--trainer.log_every_n_steps", 1)
+    cli = run("fit", trained / "config.yaml", tmp_path, *arguments, *log_all)
+    assert cli.trainer.global_step == 6
+    rows = csv.DictReader((Path(cli.trainer.log_dir) / "metrics.csv").open())
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == [4, 5]
+
+
+def test_checkpoint_alone_rebuilds_the_network(trained):
+    checkpoint = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    network = ISANet.from_checkpoint(trained / "checkpoints" / "best.ckpt")
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, checkpoint["state_dict"][f"network.{name}"])
+    assert checkpoint["hyper_parameters"]["class_names"][0] == "background"
+    assert len(checkpoint["hyper_parameters"]["palette"]) == 5
+
+
+def test_config_wins_over_the_checkpoint_and_a_difference_is_refused(trained, tmp_path):
+    checkpoint = trained / "checkpoints" / "best.ckpt"
+    arguments = ("--ckpt_path", checkpoint, "--model.network.down_factors", "[[8, 8]]")
+    with pytest.raises(InputError, match=r"model\.network\.down_factors: checkpoint .*4, 4.*8, 8"):
+        run("validate", trained / "config.yaml", tmp_path, *arguments)
+
+
+def test_checkpoint_of_other_classes_is_refused(trained, tmp_path, folder):
+    arguments = ("--data", "SegmentationFolder", "--data.root", folder)
+    arguments += ("--data.class_names", "[sky, road, car]")
+    checkpoint = ("--ckpt_path", trained / "checkpoints" / "best.ckpt")
+    with pytest.raises(InputError, match="trained for 5 classes"):
+        run("validate", trained / "config.yaml", tmp_path, *checkpoint, *arguments)
+
+
+def test_pretrained_weights_are_not_needed_once_there_is_a_checkpoint(trained, tmp_path):
+    arguments = ("--model.network.weights_path", tmp_path / "gone.pth")
+    checkpoint = ("--ckpt_path", trained / "checkpoints" / "best.ckpt")
+    run("validate", trained / "config.yaml", tmp_path, *checkpoint, *arguments)
+    with pytest.raises(InputError, match=r"weights not found: .*gone\.pth"):
+        run("fit", trained / "config.yaml", tmp_path, *arguments)
+
+
+def test_nan_loss_stops_at_its_step_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
+    # The learning rate warms up from zero to infinity-like: the first validation is still sane.
+    arguments = ("--model.optimizer.lr", "1e30", "--model.warmup_fraction", 0.5)
+    validate_early = ("--trainer.val_check_interval", 1)
+    with pytest.raises(InputError, match=r"training stopped at step \d+: .*(loss|gradient)"):
+        run("fit", tiny, tmp_path, *arguments, *validate_early)
+    for checkpoint in (tmp_path / "runs").rglob("*.ckpt"):
+        state = torch.load(checkpoint, weights_only=True)["state_dict"]
+        assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "CamVid"), "CamVid needs its folder: --data.root DIR"),
+        (("--data", "CamVid", "--data.root", "nowhere"), "no such folder: --data.root nowhere"),
+        (("--data.batch_size", 0), "batch sizes must be at least 1"),
+        (("--data.batch_size", 9), "8 images, fewer than one batch of 9"),
+        (("--model.network.down_factors", "[[0, 8]]"), "two integers >= 1"),
+        (("--model.network.backbone", "vgg"), "no model named 'vgg'"),
+        (("--model.network.weights_path", "no.pth"), "weights not found: no.pth"),
+        (("--model.loss.class_weights", "[1, 2]"), "2 entries for 5 classes"),
+        (("--ckpt_path", "no.ckpt"), "checkpoint not found: --ckpt_path no.ckpt"),
+        (("--runs_dir", "/dev/null/runs"), "cannot write the run folder"),
+        (("--trainer.max_steps", -1), "set trainer.max_steps or max_epochs"),
+    ],
+)
+def test_bad_values_are_refused_with_the_fix(tiny, tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message):
+        run("fit", tiny, tmp_path, *arguments)
+    # No empty folder is left behind either.
+    assert not any(p.is_dir() and not any(p.iterdir()) for p in (tmp_path / "runs").rglob("*/*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model.network.bacbone", "resnet18"), "bacbone"),
+        (("--model.network.form", "wide"), "form"),
+        (("--data", "Camvid"), "Camvid"),
+        (("--data.rooot", "x"), "rooot"),
+    ],
+)
+def test_unknown_keys_and_values_are_refused_by_the_parser(
+    tiny, tmp_path, capsys, arguments, message
+):
+    with pytest.raises(SystemExit) as stop:
+        run("fit", tiny, tmp_path, *arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_key_in_a_config_file_is_refused(tiny, tmp_path, capsys):
+    tiny.write_text(TINY.replace("backbone:", "bacbone:"))
+    with pytest.raises(SystemExit):
+        run("fit", tiny, tmp_path)
+    assert "bacbone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_commands_that_need_weights_say_so(tiny, tmp_path, command):
+    with pytest.raises(InputError, match=f"{command} needs trained weights: --ckpt_path"):
+        run(command, tiny, tmp_path)
+
+
+def test_truncated_checkpoint_is_refused(trained, tmp_path):
+    path = tmp_path / "cut.ckpt"
+    path.write_bytes((trained / "checkpoints" / "best.ckpt").read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"cut\.ckpt is not a checkpoint"):
+        run("validate", trained / "config.yaml", tmp_path, "--ckpt_path", path)
+
+
+def test_fast_dev_run_leaves_nothing_behind(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("fit", tiny, tmp_path, "--trainer.fast_dev_run", 1)
+    assert [path.name for path in tmp_path.iterdir()] == [tiny.name]
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    folders = [new_run_folder(str(tmp_path), "x") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["version_0", "version_1", "version_2"]
+
+
+def test_wandb_is_not_imported_unless_asked_for(tiny, tmp_path):
+    code = (
+        "import sys; from isanet_pl.cli import main; "
+        f"main(['fit', '--config', {str(tiny)!r}, '--runs_dir', {str(tmp_path)!r}, "
+        "'--trainer.max_steps', '1', '--trainer.val_check_interval', '1']); "
+        "assert 'wandb' not in sys.modules, 'wandb was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_wandb_offline_needs_no_account(tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run("fit", tiny, tmp_path, "--wandb", "offline", "--trainer.max_steps", 2)
+    import wandb
+
+    wandb.finish()
+    assert list((tmp_path / "runs" / "tiny" / "version_0" / "wandb").glob("offline-run-*"))
+
+
+def test_printed_config_round_trips(tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("fit", tiny, tmp_path, "--print_config")
+    printed = capsys.readouterr().out
+    tiny.write_text(printed)
+    with pytest.raises(SystemExit):
+        run("fit", tiny, tmp_path, "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(printed)
+
+
+def test_every_option_of_ours_has_a_help_line(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    for option in ("--model.network.form", "--model.loss.ohem_threshold", "--wandb", "--name"):
+        assert option in text
+    # jsonargparse prints a missing description as nothing between the metavar and the type.
+    ours = [x for x in text.split("\n  --") if x.startswith(("model.", "panels.", "progress."))]
+    assert len(ours) > 30
+    for entry in ours:
+        words = entry.split("(")[0].split()
+        assert len(words) > 3, entry
+
+
+def test_the_console_script_prints_one_message_and_no_stack_trace(tiny, tmp_path):
+    command = [sys.executable, "-m", "isanet_pl", "validate", "--config", str(tiny)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "isanet-pl: error: validate needs trained weights" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,324 @@
+"""Training transforms: one window for image and mask, distributed as resize-then-crop."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from isanet_pl.data.transforms import RandomScaleCrop, TrainTransform
+
+MEAN_COLOUR = torch.tensor([0.485, 0.456, 0.406]).mul(255).round().to(torch.uint8)  # ImageNet
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def ramps(height, width):
+    """Returns an image whose red is its row and whose green is its column, and both as masks."""
+    rows = torch.arange(height, dtype=torch.uint8)[:, None].expand(height, width)
+    columns = torch.arange(width, dtype=torch.uint8)[None].expand(height, width)
+    image = torch.stack([rows, columns, torch.full_like(rows, 7)])
+    return image, rows.contiguous(), columns.contiguous()
+
+
+def random_pair(height, width, num_classes=5):
+    """Returns noise, in the memory layout that read_image gives."""
+    image = torch.randint(256, (height, width, 3), dtype=torch.uint8).permute(2, 0, 1)
+    return image, torch.randint(num_classes, (height, width), dtype=torch.uint8)
+
+
+def plain(crop_size, scale_range, flip=False):
+    return TrainTransform(crop_size, scale_range, flip=flip, photometric=False)
+
+
+def same_draw(transform, number, *pairs):
+    """Returns what the transform makes of each pair with the same random numbers."""
+    results = []
+    for pair in pairs:
+        torch.manual_seed(number)
+        results.append(transform(*pair))
+    return results
+
+
+# Size and padding
+
+
+SIZES = [(1, 1), (1, 37), (37, 1), (20, 30), (64, 64), (101, 70)]
+CROPS = [(1, 1), (2, 9), (32, 32), (48, 24), (65, 129)]
+
+
+@pytest.mark.parametrize(("size", "crop"), list(itertools.product(SIZES, CROPS)))
+def test_result_has_the_crop_size_and_is_padded_right_and_below(size, crop):
+    for scale in (0.01, 0.3, 0.5, 1.0, 1.37, 2.0, 5.0):
+        image, mask = random_pair(*size)
+        cut, cut_mask = RandomScaleCrop(crop, (scale, scale))(image, mask)
+        assert cut.dtype == cut_mask.dtype == torch.uint8
+        assert cut.shape == (3, *crop)
+        assert cut_mask.shape == crop
+        height, width = (min(c, max(1, round(s * scale))) for c, s in zip(crop, size, strict=True))
+        padded = torch.ones(crop, dtype=torch.bool)
+        padded[:height, :width] = False
+        assert torch.equal(cut_mask == 255, padded)  # the masks themselves hold no 255
+        assert (cut[:, padded] == MEAN_COLOUR[:, None]).all()
+
+
+def test_padding_does_not_bleed_into_the_image():
+    image = torch.full((3, 40, 50), 200, dtype=torch.uint8)
+    mask = torch.full((40, 50), 3, dtype=torch.uint8)
+    for scale in (0.5, 0.77, 1.0, 1.3):
+        cut, cut_mask = RandomScaleCrop((64, 80), (scale, scale))(image, mask)
+        assert set(cut[:, cut_mask == 3].unique().tolist()) == {200}
+        assert set(cut_mask.unique().tolist()) == {3, 255}
+
+
+def test_ignored_pixels_stay_ignored():
+    image, mask = random_pair(30, 40)
+    mask[:, 20:] = 255
+    _, cut_mask = RandomScaleCrop((15, 20), (0.5, 0.5))(image, mask)
+    assert (cut_mask[:, :10] != 255).all()
+    assert (cut_mask[:, 10:] == 255).all()
+
+
+# Alignment of image and mask
+
+
+def test_without_scaling_image_and_mask_show_the_very_same_pixels():
+    image, rows, columns = ramps(60, 90)
+    crop = plain((40, 70), (1, 1), flip=True)
+    tops, lefts, mirrored = set(), set(), set()
+    for number in range(300):
+        (cut, row), (_, column) = same_draw(crop, number, (image, rows), (image, columns))
+        assert torch.equal(cut[0], row)
+        assert torch.equal(cut[1], column)
+        tops.add(int(row[0, 0]))
+        lefts.add(int(column.min()))
+        mirrored.add(bool(column[0, 0] > column[0, 1]))
+        assert torch.equal(row[:, 0].diff(), torch.ones(39, dtype=torch.uint8))  # never upside down
+    assert mirrored == {False, True}
+    assert tops == lefts == set(range(21))  # every place from one edge to the other occurs
+
+
+def test_scaled_image_and_mask_show_the_same_places():
+    image, rows, columns = ramps(120, 200)
+    crop = plain((64, 80), (0.5, 2.0), flip=True)
+    errors, mirrored = [], []
+    for number in range(150):
+        (cut, row), (_, column) = same_draw(crop, number, (image, rows), (image, columns))
+        assert torch.equal(row == 255, column == 255)
+        seen = row != 255
+        # The image is interpolated, within half a level for each of the two axes; the mask takes
+        # the nearest pixel, within half of one; at the border, antialiasing leans inwards by up
+        # to a quarter of a pixel.
+        for channel, mask in ((0, row), (1, column)):
+            error = cut[channel][seen].float() - mask[seen].float()
+            assert error.abs().max() <= 1.75
+            errors.append(error.mean())
+        mirrored.append(bool(column[0, 0] > column[0, 8]))
+    # A mask one pixel off would show here, whichever way.
+    assert abs(torch.stack(errors).mean()) < 0.05
+    assert torch.stack(errors).abs().max() <= 0.6  # exactly 0.5 when the scale is 0.5
+    assert 50 < sum(mirrored) < 100
+
+
+def test_upscaling_by_two_repeats_mask_pixels_in_place():
+    image, rows, columns = ramps(20, 30)
+    crop = plain((40, 60), (2, 2))
+    (cut, row), (_, column) = same_draw(crop, 0, (image, rows), (image, columns))
+    assert torch.equal(row, rows.repeat_interleave(2, 0).repeat_interleave(2, 1))
+    assert torch.equal(column, columns.repeat_interleave(2, 0).repeat_interleave(2, 1))
+    assert (cut[0].float() - row.float()).abs().max() <= 1
+
+
+def test_shrinking_averages_the_image_and_keeps_the_classes_of_the_mask():
+    columns = torch.arange(64, dtype=torch.uint8)[None].expand(48, 64)
+    image = (columns % 4 == 0).to(torch.uint8).mul(200).expand(3, 48, 64)  # every fourth is bright
+    mask = columns // 32 * 9  # left half 0, right half 9
+    cut, cut_mask = plain((12, 16), (0.25, 0.25))(image, mask)
+    assert (cut[:, :, 1:-1].float() - 50).abs().max() <= 5
+    assert (cut_mask[:, :8] == 0).all()
+    assert (cut_mask[:, 8:] == 9).all()
+
+
+def test_inside_of_every_class_has_its_colour():
+    # Blocks of 12 pixels; padding counts as one more class, of the mean colour.
+    num_classes = 6
+    mask = torch.randint(num_classes, (10, 14), dtype=torch.uint8)
+    mask = mask.repeat_interleave(12, 0).repeat_interleave(12, 1)
+    colours = torch.randint(256, (256, 3), dtype=torch.uint8)
+    colours[255] = MEAN_COLOUR
+    image = colours[mask.long()].permute(2, 0, 1).contiguous()
+    transform = plain((96, 96), (0.5, 2.0), flip=True)
+    checked = set()
+    for _ in range(60):
+        cut, cut_mask = transform(image, mask)
+        wide = cut_mask[None].float()
+        # Inside: all pixels within 2 have the same class, so interpolation sees no other one.
+        least, most = (s * F.max_pool2d(s * wide, 5, 1, 2)[0] for s in (-1, 1))
+        inside = least == most
+        assert inside.float().mean() > 0.1
+        difference = cut.float() - colours[cut_mask.long()].permute(2, 0, 1).float()
+        assert difference[:, inside].abs().max() <= 1
+        checked |= set(cut_mask[inside].unique().tolist())
+    assert checked == {*range(num_classes), 255}
+
+
+# Distribution
+
+
+def test_scale_is_uniform_and_the_same_for_both_sides():
+    image, mask = random_pair(50, 100)
+    crop = RandomScaleCrop((120, 220), (0.5, 2.0))
+    scales = []
+    for _ in range(2000):
+        seen = crop(image, mask)[1] != 255
+        height, width = int(seen.any(1).sum()), int(seen.any(0).sum())
+        assert abs(height - width / 2) <= 1
+        scales.append(width / 100)
+    quantiles = torch.tensor(scales).quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+    assert torch.allclose(quantiles, torch.tensor([0.5, 0.875, 1.25, 1.625, 2.0]), atol=0.05)
+
+
+def resize_then_crop(source, crop, scale):
+    """Returns scale and centre of the window that a plain resize and random crop shows."""
+    resized = max(1, round(source * scale))
+    offset = int(torch.randint(max(resized - crop, 0) + 1, ()))
+    shown = min(resized, crop)
+    return resized / source, (offset + shown / 2) * source / resized
+
+
+def cut_then_resize(source, crop, scale):
+    """Returns the same two numbers of RandomScaleCrop's window."""
+    start, length, result = RandomScaleCrop._window(source, crop, scale)
+    assert 0 <= start <= start + length <= source
+    assert length >= 1
+    assert 1 <= result <= crop
+    return result / length, start + length / 2
+
+
+@pytest.mark.parametrize(
+    ("source", "crop"),
+    [(480, 320), (360, 320), (1024, 769), (200, 320), (2048, 64), (40, 33)],
+)
+def test_windows_are_distributed_as_those_of_resize_then_crop(source, crop):
+    scales = 0.5 + 1.5 * torch.rand(8000)
+    probabilities = torch.linspace(0.05, 0.95, 19)
+    found, expected = (
+        torch.tensor([draw(source, crop, float(scale)) for scale in scales])
+        for draw in (cut_then_resize, resize_then_crop)
+    )
+    # Windows start and end on whole source pixels: a few per cent of the scale, one pixel of the
+    # centre. Beside that, 8000 draws know a quantile within 1.5 per cent of the range.
+    assert torch.allclose(found[:, 0], expected[:, 0], rtol=0.02 + 0.6 / crop)
+    centres = [x[:, 1].quantile(probabilities) for x in (found, expected)]
+    assert torch.allclose(*centres, rtol=0, atol=0.5 + 0.015 * source)
+    assert found[:, 1].mean() == pytest.approx(source / 2, abs=0.01 * source)
+    assert found[:, 1].std() == pytest.approx(float(expected[:, 1].std()), rel=0.05, abs=0.5)
+
+
+@pytest.mark.parametrize(("source", "crop"), [(1, 1), (1, 5), (2, 1), (3, 4), (7, 7), (9, 2)])
+def test_windows_of_tiny_images_stay_inside(source, crop):
+    for scale in torch.linspace(0.02, 6, 200):
+        cut_then_resize(source, crop, float(scale))
+
+
+def test_window_reaches_both_ends():
+    starts = {RandomScaleCrop._window(12, 5, 1.0)[0] for _ in range(300)}
+    assert starts == set(range(8))
+
+
+# Colours
+
+
+def test_photometric_changes_the_image_and_never_the_mask():
+    image, mask = random_pair(40, 50)
+    changed = 0
+    for number in range(40):
+        arguments = ((32, 32), (0.5, 2.0), True)
+        ((cut, cut_mask),) = same_draw(plain(*arguments), number, (image, mask))
+        ((bright, bright_mask),) = same_draw(TrainTransform(*arguments), number, (image, mask))
+        assert torch.equal(bright_mask, cut_mask)
+        assert bright.dtype == torch.uint8
+        assert bright.shape == cut.shape
+        changed += not torch.equal(bright, cut)
+    assert 30 <= changed <= 39  # four changes, each with probability one half: 37.5 of 40
+
+
+def test_photometric_keeps_the_channels_in_place():
+    red = torch.tensor([200, 60, 60], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
+    mask = torch.zeros(8, 8, dtype=torch.uint8)
+    transform = TrainTransform((8, 8), (1, 1))
+    seen = torch.stack([transform(red, mask)[0][:, 0, 0] for _ in range(60)])
+    assert (seen.argmax(1) == 0).all()
+    assert len(seen.unique(dim=0)) > 30
+
+
+# Off, reproducible, wrong arguments
+
+
+def test_nothing_changes_when_all_is_off():
+    image, mask = random_pair(33, 47)
+    mask[5:9] = 255
+    cut, cut_mask = plain((33, 47), (1, 1))(image, mask)
+    assert torch.equal(cut, image)
+    assert torch.equal(cut_mask, mask)
+
+
+def test_flip_alone_mirrors_half_of_the_pairs():
+    image, mask = random_pair(9, 11)
+    mirrored = 0
+    for _ in range(200):
+        cut, cut_mask = plain((9, 11), (1, 1), flip=True)(image, mask)
+        flipped = not torch.equal(cut, image)
+        assert torch.equal(cut, image.flip(-1) if flipped else image)
+        assert torch.equal(cut_mask, mask.flip(-1) if flipped else mask)
+        mirrored += flipped
+    assert 70 <= mirrored <= 130
+
+
+def test_flip_exchanges_left_and_right_classes():
+    image, mask = random_pair(9, 11)
+    mask[0] = 255
+    exchanged = torch.tensor([0, 2, 1, 3, 4])[mask.where(mask != 255, 0).long()].to(torch.uint8)
+    exchanged[0] = 255
+    transform = TrainTransform((9, 11), (1, 1), photometric=False, mirrored_classes=[(1, 2)])
+    seen = set()
+    for _ in range(40):
+        cut, cut_mask = transform(image, mask)
+        flipped = torch.equal(cut, image.flip(-1))
+        assert torch.equal(cut_mask, exchanged.flip(-1) if flipped else mask)
+        seen.add(flipped)
+    assert seen == {False, True}
+
+
+def test_inputs_are_left_alone():
+    image, mask = random_pair(20, 30)
+    image_before, mask_before = image.clone(), mask.clone()
+    for crop, scale_range in itertools.product([(20, 30), (8, 8), (40, 40)], [(1, 1), (0.5, 2.0)]):
+        for _ in range(5):
+            TrainTransform(crop, scale_range, mirrored_classes=[(0, 1)])(image, mask)
+    assert torch.equal(image, image_before)
+    assert torch.equal(mask, mask_before)
+
+
+def test_the_seed_decides_everything():
+    pair = random_pair(50, 60)
+    transform = TrainTransform((32, 32), (0.5, 2.0))
+    first, second, other = (same_draw(transform, number, pair)[0] for number in (3, 3, 4))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("crop_size", [(0, 8), (8, 0), (-1, 8)])
+def test_crop_size_must_be_positive(crop_size):
+    with pytest.raises(ValueError, match=r"crop_size.*positive.*got \("):
+        TrainTransform(crop_size, (1, 1))
+
+
+@pytest.mark.parametrize("scale_range", [(0, 1), (-1, 1), (2, 1), (float("nan"), 1)])
+def test_scale_range_must_be_positive_and_in_order(scale_range):
+    with pytest.raises(ValueError, match=r"scale_range.*low <= high.*got \("):
+        TrainTransform((8, 8), scale_range)
