@@ -9,7 +9,7 @@ from conftest import fails_naming, make_camvid, make_folder, make_scene, truncat
 from PIL import Image
 
 from isanet_pl.data import CamVid, SegmentationFolder
-from isanet_pl.data.datamodule import ImageDataset, code_table, default_palette
+from isanet_pl.data.dataset import ImageDataset, code_table, default_palette
 from isanet_pl.data.files import INVALID
 
 NAMES = ["road", "car", "tree"]

@@ -25,7 +25,7 @@ from isanet_pl.data import (
 )
 from isanet_pl.data.archives import read_mat
 from isanet_pl.data.coco_stuff import CLASS_IDS
-from isanet_pl.data.datamodule import PairDataset, code_table
+from isanet_pl.data.dataset import PairDataset, code_table
 from isanet_pl.errors import InputError
 
 OFFICIAL = (ADE20K, LIP, VOC, Cityscapes, COCOStuff10k, COCOStuff164k, PascalContext)

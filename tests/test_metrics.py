@@ -115,7 +115,7 @@ def test_reset_forgets():
 
 
 def test_wrong_number_of_names_is_refused():
-    with pytest.raises(ValueError, match="2 class names for 3 classes"):
+    with pytest.raises(ValueError, match="3 classes need as many different names"):
         SegmentationMetrics(3, ["sky", "road"])
 
 

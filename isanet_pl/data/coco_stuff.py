@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from isanet_pl.data.archives import find_below, list_ids, pair_ids, read_ids, read_mat
-from isanet_pl.data.datamodule import SegmentationDataModule, Split, default_palette
+from isanet_pl.data.datamodule import SegmentationDataModule, Split
+from isanet_pl.data.dataset import default_palette
 from isanet_pl.data.files import IGNORE, Codes, Pair
 
 UNUSED_IDS = frozenset({12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91})

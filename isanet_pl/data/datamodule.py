@@ -1,184 +1,27 @@
 """The base of every data set: pairs to samples to loaders."""
 
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from isanet_pl.data.files import (
-    IGNORE,
-    IMAGE_SUFFIXES,
-    INVALID,
-    MASK_SUFFIXES,
-    Codes,
-    Pair,
-    displayed_size,
-    list_files,
-    map_codes,
-    read_image,
-    read_mask,
+from isanet_pl.data.dataset import (
+    Colour,
+    ImageDataset,
+    PairDataset,
+    Sample,
+    check_pairs,
+    code_table,
 )
+from isanet_pl.data.files import Codes, Pair, read_mask
 from isanet_pl.data.transforms import TrainTransform
 from isanet_pl.errors import InputError
 
 Split = Literal["train", "val", "test"]
-Colour = tuple[int, int, int]
-
-
-class Sample(TypedDict, total=False):
-    """One image, or a batch of them with a leading axis N; prediction samples have no mask."""
-
-    image: Tensor  # uint8 (3, H, W) RGB
-    mask: Tensor  # uint8 (H, W), classes 0..K-1, 255 = ignore
-    name: str  # the file, for messages and for naming results
-
-
-def default_palette(num_classes: int) -> list[Colour]:
-    """Returns PASCAL VOC's colour map: the bits of the class index spread over R, G and B."""
-    palette = []
-    for index in range(num_classes):
-        colour, code = [0, 0, 0], index
-        for bit in range(7, -1, -1):
-            for channel in range(3):
-                colour[channel] |= (code >> channel & 1) << bit
-            code >>= 3
-        palette.append((colour[0], colour[1], colour[2]))
-    return palette
-
-
-def code_table(
-    num_classes: int, label_map: dict[int, int] | None, reduce_zero_label: bool
-) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """Returns the class of each mask code, uint8 (256,), INVALID where it has none.
-
-    Args:
-        num_classes: K.
-        label_map: Class (or 255) of each code in the file; codes not listed have none, except 255.
-            None: codes are classes.
-        reduce_zero_label: Code 0 means ignore, code i class i - 1. Applied before `label_map`.
-
-    Raises:
-        InputError: A code is outside 0..255, or a class outside 0..K-1 and not 255.
-    """
-    if label_map is None:
-        label_map = {i: i for i in range(num_classes)}
-    for code, index in label_map.items():
-        if not 0 <= code <= 255 or not (0 <= index < num_classes or index == IGNORE):
-            raise InputError(
-                f"label_map maps {code} to {index}; codes are 0..255, classes 0..{num_classes - 1} "
-                "or 255 (ignore)"
-            )
-    table = np.full(256, INVALID, dtype=np.uint8)
-    table[IGNORE] = IGNORE
-    for code, index in label_map.items():
-        table[code] = index
-    if reduce_zero_label:
-        table = np.concatenate([[np.uint8(IGNORE)], table[:-1]])
-        table[IGNORE] = IGNORE
-    return table
-
-
-class PairDataset(Dataset[Sample]):
-    """Samples of (image, mask) files.
-
-    Args:
-        pairs: The files.
-        table: Class of each mask code; see `code_table`.
-        num_classes: K, for messages.
-        transform: Takes and returns (image, mask); None returns them as they are in the files.
-        read_codes: Returns the codes (H, W) of a mask file.
-    """
-
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        table: np.ndarray[tuple[int], np.dtype[np.uint8]],
-        num_classes: int,
-        transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-        read_codes: Callable[[Path], Codes] = read_mask,
-    ) -> None:
-        self.pairs = pairs
-        self.table = table
-        self.num_classes = num_classes
-        self.transform = transform
-        self.read_codes = read_codes
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> Sample:
-        image_path, mask_path = self.pairs[index]
-        image = read_image(image_path)
-        mask = map_codes(self.read_codes(mask_path), self.table, self.num_classes, mask_path)
-        if image.shape[1:] != mask.shape:
-            raise _size_error(image_path, mask_path, image.shape[1:], mask.shape)
-        if self.transform is not None:
-            image, mask = self.transform(image, mask)
-        return {"image": image, "mask": mask, "name": str(image_path)}
-
-
-class ImageDataset(Dataset[Sample]):
-    """Samples without masks: every image below a folder, named by its path in it.
-
-    The name leaves the file's ending out, unless two files differ in nothing else.
-
-    Raises:
-        InputError: The folder does not exist or holds no image.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.files = list_files(folder, IMAGE_SUFFIXES, recursive=True)
-        paths = [path.relative_to(folder) for path in self.files]
-        stems = Counter(path.with_suffix("") for path in paths)
-        self.names = [
-            str(path.with_suffix("") if stems[path.with_suffix("")] == 1 else path)
-            for path in paths
-        ]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Sample:
-        return {"image": read_image(self.files[index]), "name": self.names[index]}
-
-
-def check_pairs(dataset: PairDataset, most_headers: int = 500, most_masks: int = 8) -> None:
-    """Reads an even sample of the files, so that what is wrong shows before the first step.
-
-    Args:
-        dataset: The samples to check.
-        most_headers: Compare the sizes of this many pairs.
-        most_masks: Decode this many samples.
-
-    Raises:
-        InputError: A file cannot be read, sizes of a pair differ, or a mask has a wrong code.
-    """
-    pairs = dataset.pairs
-    for image_path, mask_path in pairs[:: max(1, len(pairs) // most_headers)]:
-        if mask_path.suffix.lower() not in MASK_SUFFIXES:
-            continue  # not a picture: its reader sees to it
-        image_size, mask_size = displayed_size(image_path), displayed_size(mask_path)
-        if image_size != mask_size:
-            raise _size_error(image_path, mask_path, image_size, mask_size)
-    plain = PairDataset(pairs, dataset.table, dataset.num_classes, read_codes=dataset.read_codes)
-    for index in range(0, len(pairs), max(1, len(pairs) // most_masks)):
-        plain[index]
-
-
-def _size_error(
-    image_path: Path, mask_path: Path, image_size: Sequence[int], mask_size: Sequence[int]
-) -> InputError:
-    return InputError(
-        f"{image_path} is {image_size[1]}x{image_size[0]} (width x height), but its mask "
-        f"{mask_path} is {mask_size[1]}x{mask_size[0]}; a pair must have one size"
-    )
 
 
 class SegmentationDataModule(pl.LightningDataModule):

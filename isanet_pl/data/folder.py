@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from isanet_pl.data.datamodule import SegmentationDataModule, Split, default_palette
+from isanet_pl.data.datamodule import SegmentationDataModule, Split
+from isanet_pl.data.dataset import default_palette
 from isanet_pl.data.files import Pair, pair_by_stem
 from isanet_pl.errors import InputError
 

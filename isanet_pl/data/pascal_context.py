@@ -8,7 +8,8 @@ import numpy as np
 
 from isanet_pl.data.ade20k import ADE20K
 from isanet_pl.data.archives import find_below, pair_ids, read_ids, read_mat
-from isanet_pl.data.datamodule import Colour, SegmentationDataModule, Split
+from isanet_pl.data.datamodule import SegmentationDataModule, Split
+from isanet_pl.data.dataset import Colour
 from isanet_pl.data.files import Codes, Pair, read_mask
 
 NUM_LABELS = 459

@@ -7,7 +7,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from isanet_pl.data.datamodule import Sample, SegmentationDataModule, Split
+from isanet_pl.data.datamodule import SegmentationDataModule, Split
+from isanet_pl.data.dataset import Sample
 from isanet_pl.errors import InputError
 
 CELL = 64

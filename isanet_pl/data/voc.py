@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from isanet_pl.data.archives import find_below, pair_ids, read_ids, read_mat
-from isanet_pl.data.datamodule import SegmentationDataModule, Split, default_palette
+from isanet_pl.data.datamodule import SegmentationDataModule, Split
+from isanet_pl.data.dataset import default_palette
 from isanet_pl.data.files import Codes, Pair, read_mask
 
 

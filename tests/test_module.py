@@ -1,0 +1,175 @@
+"""Optimiser groups, schedule, and what training keeps and stops at."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from isanet_pl.errors import InputError
+from isanet_pl.losses import SegmentationLoss
+from isanet_pl.models import ISANet
+from isanet_pl.module import SegmentationModule, poly_schedule
+
+NAMES, PALETTE = ("a", "b", "c"), ((0, 0, 0), (255, 0, 0), (0, 255, 0))
+
+
+def make_module(optimizer=None, loss=None, **options):
+    network = ISANet(3, "resnet18", last_stage=1, key_channels=4, value_channels=4, out_channels=4)
+    if optimizer is not None:
+        options["optimizer"] = optimizer
+    return SegmentationModule(network, loss or SegmentationLoss(), NAMES, PALETTE, **options)
+
+
+def make_loader(count=8, size=16):
+    """Noise of three brightnesses, from top to bottom; the class is the brightness."""
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.arange(size) * 3 // size).to(torch.uint8)[:, None].expand(size, size)
+    samples = [
+        {
+            "image": (
+                80 * mask + torch.randint(0, 60, (3, size, size), generator=generator)
+            ).byte(),
+            "mask": mask.clone(),
+            "name": f"image{i}",
+        }
+        for i in range(count)
+    ]
+    return DataLoader(samples, batch_size=2)
+
+
+def make_trainer(tmp_path, **options):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "accelerator": "cpu", "default_root_dir": tmp_path}
+    return pl.Trainer(**(quiet | {"max_steps": 4, "max_epochs": -1} | options))
+
+
+def test_poly_schedule_against_the_formula():
+    factor = poly_schedule(100, power=0.9, end_factor=0.01, warmup_fraction=0.0)
+    assert factor(0) == 1
+    assert factor(50) == pytest.approx(0.01 + 0.99 * 0.5**0.9)
+    assert factor(100) == pytest.approx(0.01)
+    assert factor(500) == pytest.approx(0.01)  # a run resumed beyond its end does not turn negative
+
+
+def test_warmup_rises_to_the_base_rate_and_then_decays():
+    factor = poly_schedule(100, power=0.9, end_factor=0.0, warmup_fraction=0.1)
+    values = [factor(step) for step in range(101)]
+    assert values[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+    assert values[10] == 1
+    assert values[10:] == sorted(values[10:], reverse=True)
+    assert values[100] == 0
+
+
+def test_new_layers_get_their_own_learning_rate(tmp_path):
+    module = make_module(new_layers_lr_factor=10)
+    backbone = module.network.backbone
+    state = {k: v for k, v in backbone.net.state_dict().items() if not k.startswith("layer1.1")}
+    backbone.load(state, "a partial file")
+    module.trainer = make_trainer(tmp_path, max_steps=10)
+    module.trainer.fit_loop.setup_data = lambda: None
+    groups = {group["name"]: group for group in module.parameter_groups()}
+    names = {id(p): name for name, p in module.named_parameters()}
+    pretrained = {names[id(p)] for p in groups["pretrained"]["params"]}
+    new = {names[id(p)] for p in groups["new"]["params"]}
+    assert pretrained | new == set(names.values())
+    assert not pretrained & new
+    assert all(name.startswith("network.backbone.net") for name in pretrained)
+    assert "network.backbone.net.layer1.1.conv1.weight" in new
+    assert "network.classifier.weight" in new
+
+
+def test_learning_rates_follow_the_schedule_each_optimiser_step(tmp_path):
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen.append({g["name"]: g["lr"] for g in optimizer.param_groups})
+
+    module = make_module(new_layers_lr_factor=10, end_lr_factor=0.0)
+    backbone = module.network.backbone
+    backbone.load(backbone.net.state_dict(), "all of it")
+    trainer = make_trainer(tmp_path, callbacks=[Watch()], accumulate_grad_batches=2)
+    trainer.fit(module, make_loader())
+    expected = [0.01 * (1 - step / 4) ** 0.9 for step in range(4)]
+    assert [rates["pretrained"] for rates in seen] == pytest.approx(expected)
+    assert [rates["new"] for rates in seen] == pytest.approx([10 * rate for rate in expected])
+
+
+def test_default_optimiser_is_the_literatures_sgd(tmp_path):
+    module = make_module()
+    make_trainer(tmp_path, max_steps=1).fit(module, make_loader())
+    optimizer = module.optimizers().optimizer
+    assert type(optimizer) is torch.optim.SGD
+    group = optimizer.param_groups[0]
+    assert (group["initial_lr"], group["momentum"], group["weight_decay"]) == (0.01, 0.9, 5e-4)
+
+
+def test_training_lowers_the_loss(tmp_path):
+    losses = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append(float(outputs["loss"]))
+
+    torch.manual_seed(0)
+    module = make_module()
+    make_trainer(tmp_path, max_steps=30, callbacks=[Watch()]).fit(module, make_loader())
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+
+
+def test_checkpoint_written_from_python_is_plain_data(tmp_path):
+    module = make_module()
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, make_loader())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    loaded = ISANet.from_checkpoint(tmp_path / "x.ckpt")  # reads with weights_only
+    for name, value in module.network.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name])
+
+
+def test_pretrained_names_survive_the_checkpoint(tmp_path):
+    module = make_module()
+    backbone = module.network.backbone
+    backbone.load(backbone.net.state_dict(), "a file")
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, make_loader())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    fresh = make_module()
+    make_trainer(tmp_path, max_steps=2).fit(
+        fresh, make_loader(), ckpt_path=tmp_path / "x.ckpt", weights_only=True
+    )
+    assert fresh.network.backbone.loaded == backbone.loaded
+    assert [group["name"] for group in fresh.parameter_groups()] == ["pretrained", "new"]
+
+
+def test_nan_loss_names_the_step_and_the_images(tmp_path):
+    module = make_module(loss=SegmentationLoss(class_weights=[1, 1, float("inf")]))
+    with pytest.raises(InputError, match=r"step 0: the loss is nan on image0, image1"):
+        make_trainer(tmp_path).fit(module, make_loader())
+
+
+def test_infinite_gradient_stops_before_it_reaches_the_weights(tmp_path):
+    module = make_module()
+    module.network.classifier.weight.register_hook(lambda grad: grad * float("inf"))
+    before = module.network.classifier.weight.detach().clone()
+    with pytest.raises(InputError, match="step 0: a gradient is not finite"):
+        make_trainer(tmp_path).fit(module, make_loader())
+    assert torch.equal(module.network.classifier.weight, before)
+
+
+def test_schedule_without_a_length_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"set trainer\.max_steps"):
+        make_trainer(tmp_path, max_steps=-1).fit(make_module(), make_loader())
+
+
+def test_class_weights_must_fit_the_classes():
+    with pytest.raises(InputError, match="2 entries for 3 classes: a, b, c"):
+        make_module(loss=SegmentationLoss(class_weights=[1, 2]))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_precisions_train(tmp_path, precision):
+    module = make_module()
+    make_trainer(tmp_path, max_steps=2, precision=precision).fit(module, make_loader())
+    assert all(p.isfinite().all() for p in module.parameters())
+    assert module.network.classifier.weight.dtype == torch.float32

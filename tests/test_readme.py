@@ -1,0 +1,63 @@
+"""What the README says exists and parses."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from isanet_pl.cli import main
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in BLOCKS
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+
+
+def test_the_readme_has_commands():
+    assert ["bash", "scripts/quickstart.sh"] in COMMANDS
+    assert ["bash", "scripts/test.sh"] in COMMANDS
+    assert {command[1] for command in COMMANDS if command[0] == "isanet-pl"} >= {
+        "fit",
+        "test",
+        "predict",
+    }
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c[0] == "isanet-pl"], ids=lambda c: " ".join(c[1:4])
+)
+def test_commands_parse(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["isanet-pl"])
+    # A run's own config is the leaf that the run was started with, as far as parsing goes.
+    arguments = [
+        re.sub(r"runs/([\w-]+)/version_\d+/config\.yaml", r"configs/\1.yaml", part)
+        for part in command[1:]
+    ]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--print_config"])
+    assert stop.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", TEXT))
+def test_links_and_pictures_exist(link):
+    assert (ROOT / link).exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"(?:isanet_pl|configs|scripts|docs)/[\w./-]+\w", TEXT)))
+)
+def test_named_files_exist(path):
+    assert (ROOT / path).exists()
+
+
+def test_python_example_compiles():
+    for block in re.findall(r"```python\n(.*?)```", TEXT, re.S):
+        compile(block, "README.md", "exec")

@@ -1,0 +1,116 @@
+"""The scripts, run as users run them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(name, *args, cwd):
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def test_draw_stages_writes_a_picture(tmp_path):
+    done = script("draw_stages.py", "--output", tmp_path / "a" / "stages.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "a" / "stages.png") as picture:
+        assert picture.width > 500
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """A README with the markers, and a run folder with a result."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import results
+
+    sys.path.pop(0)
+    (tmp_path / "README.md").write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
+    run = tmp_path / "run"
+    (run / "panels").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(run / "panels" / "test_step=000009.png")
+    scores = {"miou": 0.5, "macc": 0.61234, "aacc": 0.7, "iou/car": 0.5, "iou/bus": None}
+    record = {"stage": "test", "step": 9, "machine": "m", "command": "isanet-pl test"}
+    (run / "results.json").write_text(json.dumps({**record, "scores": scores}))
+    return tmp_path
+
+
+def test_results_writes_the_tables_between_the_markers(workplace):
+    done = script("results.py", "--add", "mine=run", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    text = (workplace / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "| mine | test | 9 | 50.00 | 61.23 | 70.00 | m |" in text
+    assert "| bus | - |" in text  # absent
+    assert (workplace / "docs" / "results" / "mine.png").is_file()
+    script("results.py", cwd=workplace)
+    assert (workplace / "README.md").read_text() == text  # a second time changes nothing
+
+
+def test_results_refuses_what_is_no_finished_run(workplace):
+    done = script("results.py", "--add", "mine=nowhere", cwd=workplace)
+    assert done.returncode == 1
+    assert "nowhere holds no results.json" in done.stderr
+    assert script("results.py", "--add", "mine", cwd=workplace).returncode == 2
+
+
+def test_results_refuses_a_readme_without_markers(workplace):
+    (workplace / "README.md").write_text("nothing")
+    done = script("results.py", cwd=workplace)
+    assert done.returncode == 1
+    assert "lacks the lines" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["setup.sh", "quickstart.sh", "test.sh"])
+def test_shell_scripts_parse(name):
+    done = subprocess.run(["bash", "-n", ROOT / "scripts" / name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("with_uv", [False, True])
+def test_setup_makes_the_environment_once(tmp_path, with_uv):
+    # Stand-ins for python and uv write down how they are called and make a .venv.
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    log = tmp_path / "log"
+    make = f'mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo made >> {log}'
+    note = f'echo "$(basename $0) $*" >> {log}'
+    fake = f'#!/bin/sh\n{note}\ncase "$*" in *venv*" .venv"*) {make};; esac\n'
+    for name in ["python3"] + (["uv"] if with_uv else []):
+        (tools / name).write_text(fake)
+        (tools / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tools}:/usr/bin:/bin", "PYTHON": ""}
+    code = f"set -euo pipefail; source {ROOT}/scripts/setup.sh; install_into_venv '.[dev]'"
+    for _ in range(2):
+        done = subprocess.run(
+            ["bash", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    calls = log.read_text().splitlines()
+    assert calls.count("made") == 1
+    installs = [call for call in calls if "install" in call and "-e .[dev]" in call]
+    assert len(installs) == 2
+    assert all(call.startswith("uv pip" if with_uv else "python -m pip") for call in installs)
+
+
+def test_setup_refuses_an_old_python(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("python3", "python3.13", "python3.12", "python3.11", "python"):
+        (tools / name).write_text("#!/bin/sh\nexit 1\n")
+        (tools / name).chmod(0o755)
+    environment = {"PATH": f"{tools}:/usr/bin:/bin"}
+    code = f"set -euo pipefail; source {ROOT}/scripts/setup.sh; install_into_venv ."
+    done = subprocess.run(
+        ["bash", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "Python 3.11 or newer is needed" in done.stderr
