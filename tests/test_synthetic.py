@@ -190,9 +190,6 @@ def test_the_lamp_hugs_its_corner(scenes):
         assert not shown.any()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="in about a third of the scenes a ball's rim has the place of the lamp's"
-)
 def test_lamp_and_balls_never_have_one_place_in_their_windows(scenes):
     # The long range links equal places of all windows: it alone must not lead to the lamp.
     wrong = []

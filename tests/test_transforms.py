@@ -16,6 +16,15 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As in a loader's worker; more threads only wait for each other on images this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def ramps(height, width):
     """Returns an image whose red is its row and whose green is its column, and both as masks."""
     rows = torch.arange(height, dtype=torch.uint8)[:, None].expand(height, width)

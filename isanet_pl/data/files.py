@@ -1,5 +1,7 @@
 """Image and mask files: finding the pairs and reading them, with errors that name the file."""
 
+import contextlib
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,7 +97,12 @@ def displayed_size(path: Path) -> tuple[int, int]:
     """
     with open_image(path) as image:
         width, height = image.size
-        sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        # Not getexif(), which decodes a whole PNG. Pillow turns the size of a TIFF by itself.
+        exif = Image.Exif()
+        if image.format != "TIFF":
+            with contextlib.suppress(SyntaxError, struct.error):  # a block that means nothing
+                exif.load(image.info.get("exif", b""))
+        sideways = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (width, height) if sideways else (height, width)
 
 

@@ -13,7 +13,7 @@ from isanet_pl.errors import InputError
 
 CELL = 64
 """Pixels of a cell; the scene is a lattice of cells."""
-LAMP_INSET, LAMP_RADIUS = 12, 10
+LAMP_INSET, LAMP_RADIUS = 9, 9
 BALL_RADIUS = (9, 14)
 Array = npt.NDArray[np.float32]
 
