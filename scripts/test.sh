@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs the project with its development tools into .venv, then checks and tests it.
-# Arguments are passed on to pytest: scripts/test.sh -k attention
+# Arguments are passed on to pytest: scripts/test.sh -k attention. Tests on real files run where the
+# environment variable ISANET_TEST_DATA names a folder with data/camvid and weights/*.pth.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
