@@ -509,3 +509,14 @@ def test_helpers_write_the_same_files_every_time(tmp_path):
         files = sorted(p.relative_to(first) for p in first.rglob("*.*"))
         assert len(files) >= 12
         assert all((first / f).read_bytes() == (second / f).read_bytes() for f in files)
+
+
+def test_more_classes_than_a_mask_can_hold_are_refused():
+    with fails_naming("at most 254 classes"):
+        code_table(255, None, False)
+    assert code_table(254, None, False)[253] == 253
+
+
+def test_class_names_may_begin_with_a_byte_order_mark(folder):
+    (folder / "classes.txt").write_text("sky\nroad\ncar\n", "utf-8-sig")
+    assert SegmentationFolder(root=str(folder)).class_names == ["sky", "road", "car"]

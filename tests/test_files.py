@@ -2,6 +2,7 @@
 
 import re
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -408,3 +409,30 @@ def test_code_outside_a_byte_does_not_wrap_around(tmp_path, code):
     codes = np.array([[0, code]], dtype=np.int64)
     with fails_naming(tmp_path / "a.png", f"value {code},"):
         map_codes(codes, table_of({0: 0, 1: 1, 255: 255}), 2, tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+def test_mask_is_turned_like_its_image(tmp_path, orientation):
+    path = tmp_path / "turned.png"
+    codes = noise(channels=1)
+    save_turned(path, codes, orientation)
+    assert np.array_equal(read_mask(path), TURNS[orientation](codes))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_masks_of_few_bits_give_the_codes_as_stored(tmp_path, bits):
+    # Pillow writes such files only for palettes, so this one is put together by hand.
+    codes = np.arange(8, dtype=np.uint8)[None] % 2**bits
+    packed = int("".join(f"{code:0{bits}b}" for code in codes[0]), 2).to_bytes(bits, "big")
+
+    def chunk(kind, content):
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0)
+    data = zlib.compress(b"\0" + packed)
+    path = tmp_path / "few.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
+    assert np.array_equal(read_mask(path), codes)

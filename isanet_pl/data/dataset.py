@@ -62,6 +62,8 @@ def code_table(
     Raises:
         InputError: A code is outside 0..255, or a class outside 0..K-1 and not 255.
     """
+    if num_classes > INVALID:
+        raise InputError(f"at most {INVALID} classes fit into masks of 8 bits, got {num_classes}")
     if label_map is None:
         label_map = {i: i for i in range(num_classes)}
     for code, index in label_map.items():

@@ -83,7 +83,9 @@ def open_image(path: Path) -> Image.Image:
         return Image.open(path)
     except FileNotFoundError as error:
         raise InputError(f"file not found: {path}") from error
-    except (OSError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise InputError(f"cannot read {path}: {error}; cut it into tiles") from error
+    except (OSError, ValueError) as error:
         empty = path.stat().st_size == 0
         reason = "the file is empty" if empty else "it is no image, or is damaged"
         raise InputError(f"cannot read {path}: {reason}; restore or remove it") from error
@@ -137,8 +139,14 @@ def read_mask(path: Path) -> Codes:
                 f"{path} is an {image.mode} image, but a mask must hold one class index per pixel "
                 "(palette or greyscale); map its colours to indices first"
             )
+        tiles = getattr(image, "tile", [])
+        stored_as = str(tiles[0][3]) if tiles else ""
         _decode(image, path)
+        ImageOps.exif_transpose(image, in_place=True)  # as read_image does
         codes = np.array(image)
+    for rawmode, step in (("L;2", 85), ("L;4", 17)):
+        if rawmode in stored_as:  # Pillow stretches grey values of 2 and 4 bits to 0..255
+            codes = codes // step
     return codes.astype(np.uint8) if codes.dtype in (np.uint8, np.bool_) else codes.astype(np.int64)
 
 

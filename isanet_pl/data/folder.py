@@ -54,7 +54,7 @@ class SegmentationFolder(SegmentationDataModule):
                 f"class names are missing: give --data.class_names '[a, b]' or write {path}, one "
                 "name a line in the order of the mask codes"
             )
-        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
 
     def list_pairs(self, split: Split) -> list[Pair]:
         """Returns the (image, mask) files of a split."""

@@ -142,10 +142,10 @@ class Synthetic(SegmentationDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if cells < 2 or num_train < 1 or num_eval < 1:
+        if cells < 2 or num_train < 1 or num_eval < 1 or seed < 0:
             raise InputError(
-                f"Synthetic needs cells >= 2 and at least one image, got cells {cells}, "
-                f"num_train {num_train}, num_eval {num_eval}"
+                f"Synthetic needs cells >= 2, at least one image and a seed >= 0, got cells "
+                f"{cells}, num_train {num_train}, num_eval {num_eval}, seed {seed}"
             )
         self.num_train = num_train
         self.num_eval = num_eval

@@ -29,9 +29,9 @@ class RandomScaleCrop:
     """
 
     def __init__(self, crop_size: Sequence[int], scale_range: Sequence[float]) -> None:
-        if min(crop_size) < 1:
+        if len(crop_size) != 2 or min(crop_size) < 1:
             raise ValueError(f"crop_size must be two positive integers, got {tuple(crop_size)}")
-        if not 0 < scale_range[0] <= scale_range[1]:
+        if len(scale_range) != 2 or not 0 < scale_range[0] <= scale_range[1]:
             raise ValueError(f"scale_range must be 0 < low <= high, got {tuple(scale_range)}")
         self.crop_size = (crop_size[0], crop_size[1])
         self.scale_range = (scale_range[0], scale_range[1])
