@@ -137,7 +137,7 @@ class ResultTable(pl.Callback):
         record = {
             "command": " ".join(["isanet-pl", *sys.argv[1:]]),
             "stage": stage,
-            "step": trainer.global_step,
+            "step": pl_module.trained_steps,
             "seconds": round(time.monotonic() - self.start),
             "machine": _machine(),
             "torch": torch.__version__,
@@ -238,7 +238,7 @@ class PredictionPanels(pl.Callback):
         folder = Path(trainer.log_dir) / "panels"
         folder.mkdir(parents=True, exist_ok=True)
         figure = draw_panels(rows, pl_module.class_names, pl_module.palette)  # type: ignore[arg-type]
-        figure.savefig(folder / f"{stage}_step={trainer.global_step:06d}.png")
+        figure.savefig(folder / f"{stage}_step={pl_module.trained_steps:06d}.png")
 
 
 class PredictionWriter(pl.Callback):

@@ -160,6 +160,14 @@ class SegmentationCLI(LightningCLI):
             )
         return loggers
 
+    def before_validate(self) -> None:
+        """Leaves the table at the end to `ResultTable`; Lightning would print its own as well."""
+        self.config_init["validate"]["verbose"] = False
+
+    def before_test(self) -> None:
+        """Leaves the table at the end to `ResultTable`; Lightning would print its own as well."""
+        self.config_init["test"]["verbose"] = False
+
     def before_predict(self) -> None:
         """Keeps Lightning from gathering all predictions in memory; they are written one by one."""
         self.config_init["predict"]["return_predictions"] = False

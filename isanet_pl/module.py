@@ -92,12 +92,18 @@ class SegmentationModule(pl.LightningModule):
         self.poly_power = poly_power
         self.end_lr_factor = end_lr_factor
         self.warmup_fraction = warmup_fraction
+        self.loaded_step = 0
         self.metrics = nn.ModuleDict(
             {
                 stage: SegmentationMetrics(num_classes, self.class_names, loss.ignore_index)
                 for stage in ("val", "test")
             }
         )
+
+    @property
+    def trained_steps(self) -> int:
+        """Returns the optimiser steps behind the weights, those of a loaded checkpoint included."""
+        return self.global_step or self.loaded_step
 
     def _step(self, batch: Mapping[str, Any], stage: str) -> tuple[Tensor, Tensor]:
         """Returns the loss and the logits (N, K, H, W) of a batch; logs the loss."""
@@ -251,3 +257,4 @@ class SegmentationModule(pl.LightningModule):
                 "config or use the run's own config.yaml:\n  " + "\n  ".join(differences)
             )
         self.network.backbone.loaded = frozenset(checkpoint.get("pretrained_names", ()))
+        self.loaded_step = int(checkpoint.get("global_step", 0))

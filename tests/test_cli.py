@@ -111,7 +111,13 @@ def test_test_reports_under_its_own_name(trained, tmp_path, capsys):
     cli = run("test", trained / "config.yaml", tmp_path, "--ckpt_path", checkpoint)
     assert "test/miou" in cli.trainer.callback_metrics
     assert "val/miou" not in cli.trainer.callback_metrics
-    assert "test:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count("┏") == 1  # one table
+    # The best checkpoint is of either validation, and the result says of which.
+    step = torch.load(checkpoint, weights_only=True)["global_step"]
+    results = json.loads((Path(cli.trainer.log_dir) / "results.json").read_text())
+    assert results["step"] == step
+    assert "test:" in out
 
 
 def test_predict_writes_masks_and_overlays_at_the_images_own_size(trained, tmp_path):
