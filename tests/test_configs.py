@@ -22,10 +22,11 @@ SMALL = {
 }
 
 
+@pytest.mark.parametrize("form", ["direct", "reduced"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_takes_a_step(path, tmp_path, monkeypatch):
+def test_config_takes_a_step_in_both_forms(path, form, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["isanet-pl"])
-    options = dict(SMALL)
+    options = {**SMALL, "--model.network.form": form}
     data = yaml.safe_load(path.read_text())["data"]
     if isinstance(data, str):
         data = yaml.safe_load((path.parent / data).read_text())

@@ -99,7 +99,12 @@ def test_auxiliary_head_sees_the_stage_before_the_last(net):
 @pytest.mark.parametrize("corners", [None, False, True])
 @pytest.mark.parametrize(
     ("form", "early", "small_first"),
-    [("direct", False, False), ("direct", True, True), ("reduced", False, True)],
+    [
+        ("direct", False, False),
+        ("direct", True, True),
+        ("reduced", False, True),
+        ("reduced", True, True),
+    ],
 )
 def test_classifier_and_upsampling(form, early, small_first, corners):
     net = small_net(
@@ -187,11 +192,6 @@ def test_network_can_be_rebuilt_from_its_arguments():
 def test_one_class_is_refused():
     with pytest.raises(ValueError, match=r"num_classes must be 2 to 254 .*got 1"):
         ISANet(1, "resnet18")
-
-
-def test_reduced_form_refuses_the_option_of_the_direct_form():
-    with pytest.raises(ValueError, match="classify_before_upsampling is for the direct form"):
-        small_net(form="reduced", classify_before_upsampling=True)
 
 
 # Images in.

@@ -50,8 +50,8 @@ class ISANet(nn.Module):
         aux_head: Build the auxiliary head; None: if reduced.
         aux_channels: Channels inside the auxiliary head (mmsegmentation 256, the authors 512).
         align_corners: Of the bilinear upsampling; None: if direct.
-        classify_before_upsampling: Direct form only: run the classifier on the small map, which is
-            cheaper by the square of the stride.
+        classify_before_upsampling: Run the direct form's classifier on the small map, which is
+            cheaper by the square of the stride; the reduced form always does so.
         order: The stages of ISA, the other way round, or one alone (ablations).
         mask_padding: Keep ISA's padded positions from being attended to; the reference does not.
         value_bias: Give the value convs a bias (mmsegmentation).
@@ -109,10 +109,6 @@ class ISANet(nn.Module):
                 f"{form!r} and {context!r}"
             )
         reduced = form == "reduced"
-        if reduced and classify_before_upsampling:
-            raise ValueError(
-                "classify_before_upsampling is for the direct form; reduced always does so"
-            )
         dropout = (0.1 if reduced else 0.0) if dropout is None else dropout
         self.form = form
         self.align_corners = not reduced if align_corners is None else align_corners
