@@ -109,11 +109,12 @@ class SegmentationCLI(LightningCLI):
             return super().instantiate_classes()
         config = self.config[self.subcommand]
         checkpoint = config.ckpt_path
-        if checkpoint is None and self.subcommand != "fit":
-            raise InputError(f"{self.subcommand} needs trained weights: --ckpt_path FILE")
-        if checkpoint is not None and not Path(checkpoint).is_file():
+        if checkpoint is None:
+            if self.subcommand != "fit":
+                raise InputError(f"{self.subcommand} needs trained weights: --ckpt_path FILE")
+        elif not Path(checkpoint).is_file():
             raise InputError(f"checkpoint not found: --ckpt_path {checkpoint}")
-        if checkpoint is not None and not zipfile.is_zipfile(checkpoint):
+        elif not zipfile.is_zipfile(checkpoint):
             raise InputError(f"{checkpoint} is not a checkpoint, or is truncated")
         network = config.model.network
         wanted = network.weights_path, network.pretrained

@@ -101,7 +101,7 @@ class Cityscapes(SegmentationDataModule):
         if labels == "labelTrainIds":
             self.label_map = None
         if coarse:
-            self.num_images = {**self.num_images, "train": 2975 + 19997}
+            self.num_images = {**self.num_images, "train": self.num_images["train"] + 19997}
 
     def list_pairs(self, split: Split) -> list[Pair]:
         """Returns the (image, mask) files of a split; `test` is val."""

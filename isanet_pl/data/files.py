@@ -119,7 +119,6 @@ def read_image(path: Path) -> Tensor:
     """
     with open_image(path) as image:
         _decode(image, path)
-        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits: keep the upper eight, convert() would clip
             grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
             return torch.from_numpy(grey).expand(3, -1, -1).contiguous()
@@ -142,7 +141,6 @@ def read_mask(path: Path) -> Codes:
         tiles = getattr(image, "tile", [])
         stored_as = str(tiles[0][3]) if tiles else ""
         _decode(image, path)
-        ImageOps.exif_transpose(image, in_place=True)  # as read_image does
         codes = np.array(image)
     for rawmode, step in (("L;2", 85), ("L;4", 17)):
         if rawmode in stored_as:  # Pillow stretches grey values of 2 and 4 bits to 0..255
@@ -151,10 +149,12 @@ def read_mask(path: Path) -> Codes:
 
 
 def _decode(image: Image.Image, path: Path) -> None:
+    """Decodes an opened file in place and turns it the way up that its EXIF orientation says."""
     try:
         image.load()
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}; restore or remove it") from error
+    ImageOps.exif_transpose(image, in_place=True)
 
 
 def map_codes(
