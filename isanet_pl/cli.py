@@ -89,6 +89,8 @@ class SegmentationCLI(LightningCLI):
         )
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
         parser.link_arguments("data.palette", "model.palette", apply_on="instantiate")
+        for name in ("base_size", "mirrored_classes"):
+            parser.link_arguments(f"data.{name}", f"model.inference.{name}", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the config alone.

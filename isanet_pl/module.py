@@ -1,6 +1,8 @@
 """The LightningModule: one step for all stages, metrics, optimiser groups, poly schedule."""
 
+import dataclasses
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -12,9 +14,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from isanet_pl.errors import InputError
+from isanet_pl.inference import Inference
 from isanet_pl.losses import SegmentationLoss
 from isanet_pl.metrics import SegmentationMetrics
 from isanet_pl.models import ISANet
+
+log = logging.getLogger(__name__)
 
 # What a checkpoint and a config may disagree about: it leaves the trained function as it is.
 TRAINING_ONLY = frozenset({"pretrained", "weights_path", "dropout"})
@@ -53,9 +58,15 @@ class SegmentationModule(pl.LightningModule):
         end_lr_factor: Learning rate at the last step, as a factor of the base (mmsegmentation
             ends at 0.01, the authors at 0).
         warmup_fraction: Share of the steps over which the learning rate rises linearly from zero.
+        reference_batch_size: Images of an optimiser step (devices x batch_size x accumulation) that
+            the learning rate was set for; a run with another number warns. None: not checked.
+        scale_lr: Scale the learning rate linearly with the images of a step, from
+            `reference_batch_size`.
+        inference: How images are seen in validate, test and predict.
 
     Raises:
-        InputError: There are not as many class weights as classes.
+        InputError: There are not as many class weights as classes, or `scale_lr` lacks its
+            reference.
     """
 
     hparams: Any
@@ -73,6 +84,9 @@ class SegmentationModule(pl.LightningModule):
         poly_power: float = 0.9,
         end_lr_factor: float = 0.01,
         warmup_fraction: float = 0.0,
+        reference_batch_size: int | None = None,
+        scale_lr: bool = False,
+        inference: Inference = Inference(),
     ) -> None:
         super().__init__()
         num_classes = len(class_names)
@@ -81,6 +95,8 @@ class SegmentationModule(pl.LightningModule):
                 f"model.loss.class_weights has {len(loss.class_weights)} entries for {num_classes} "
                 f"classes: {', '.join(class_names)}"
             )
+        if scale_lr and reference_batch_size is None:
+            raise InputError("model.scale_lr needs model.reference_batch_size to scale from")
         self.save_hyperparameters(logger=False)
         # CPU and GPU convs alike run fastest, in mixed precision, with channels last.
         self.network = network.to(memory_format=torch.channels_last)
@@ -92,6 +108,9 @@ class SegmentationModule(pl.LightningModule):
         self.poly_power = poly_power
         self.end_lr_factor = end_lr_factor
         self.warmup_fraction = warmup_fraction
+        self.reference_batch_size = reference_batch_size
+        self.scale_lr = scale_lr
+        self.inference = inference
         self.loaded_step = 0
         self.metrics = nn.ModuleDict(
             {
@@ -107,9 +126,9 @@ class SegmentationModule(pl.LightningModule):
 
     def _step(self, batch: Mapping[str, Any], stage: str) -> tuple[Tensor, Tensor]:
         """Returns the loss and the logits (N, K, H, W) of a batch; logs the loss."""
-        outputs = self.network(self.network.normalise(batch["image"]))
-        loss: Tensor = self.loss(outputs, batch["mask"])
         training = stage == "train"
+        outputs = self._forward(batch["image"]) if training else self._infer(batch["image"])
+        loss: Tensor = self.loss(outputs, batch["mask"])
         self.log(
             f"{stage}/loss",
             loss,
@@ -119,6 +138,13 @@ class SegmentationModule(pl.LightningModule):
             batch_size=len(batch["image"]),
         )
         return loss, outputs["out"]
+
+    def _forward(self, image: Tensor) -> dict[str, Tensor]:
+        outputs: dict[str, Tensor] = self.network(self.network.normalise(image))
+        return outputs
+
+    def _infer(self, image: Tensor) -> dict[str, Tensor]:
+        return {"out": self.inference(self.network, image)}
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Returns the loss of a batch.
@@ -160,8 +186,7 @@ class SegmentationModule(pl.LightningModule):
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Returns the class map (N, H, W) of a batch."""
-        logits: Tensor = self.network(self.network.normalise(batch["image"]))["out"]
-        return logits.argmax(dim=1)
+        return self._infer(batch["image"])["out"].argmax(dim=1)
 
     def _evaluate(self, batch: Mapping[str, Any], stage: Literal["val", "test"]) -> Tensor:
         _, logits = self._step(batch, stage)
@@ -209,6 +234,7 @@ class SegmentationModule(pl.LightningModule):
             raise InputError(
                 "the schedule needs the length of the run: set trainer.max_steps or max_epochs"
             )
+        self._fit_lr_to_batch(optimizer)
         factor = poly_schedule(
             int(total_steps), self.poly_power, self.end_lr_factor, self.warmup_fraction
         )
@@ -218,6 +244,36 @@ class SegmentationModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def _fit_lr_to_batch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Scales the learning rates to the images of a step, or warns that they do not fit."""
+        reference, trainer = self.reference_batch_size, self.trainer
+        if reference is None:
+            return
+        trainer.fit_loop.setup_data()  # or there is no loader yet when max_steps is given
+        batch_size: int = trainer.train_dataloader.batch_size  # type: ignore[union-attr]
+        devices, accumulated = trainer.world_size, trainer.accumulate_grad_batches
+        images = devices * batch_size * accumulated
+        if images == reference:
+            return
+        found = (
+            f"a step sees {images} images ({devices} devices x batch_size {batch_size} x "
+            f"accumulate_grad_batches {accumulated}), but the learning rate was set for {reference}"
+        )
+        if self.scale_lr:
+            for group in optimizer.param_groups:
+                group["lr"] *= images / reference
+            log.info("%s: it is multiplied by %g", found, images / reference)
+            return
+        fixes = ["--model.scale_lr true"]
+        for option, others in (
+            ("--trainer.accumulate_grad_batches", devices * batch_size),
+            ("--data.batch_size", devices * accumulated),
+        ):
+            if reference % others == 0:
+                fixes.insert(0, f"{option} {reference // others}")
+        if trainer.is_global_zero:
+            log.warning("%s; set %s", found, " or ".join(fixes))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Makes the checkpoint complete by itself: it needs no weights file to be rebuilt."""
         saved = dict(checkpoint.get("hyper_parameters", {}))
@@ -225,6 +281,7 @@ class SegmentationModule(pl.LightningModule):
         for name in ("loss", "optimizer"):
             if not isinstance(saved.get(name), Mapping):
                 saved.pop(name, None)
+        saved["inference"] = dataclasses.asdict(self.inference)
         saved["network"] = {**self.network.arguments, "pretrained": False, "weights_path": None}
         checkpoint["hyper_parameters"] = saved
         checkpoint["pretrained_names"] = sorted(self.network.backbone.loaded)

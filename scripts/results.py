@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- results: written by scripts/results.py -->", "<!-- end of results -->"
+from readme import write_block
 
 
 def add(name: str, run: Path, store: Path) -> None:
@@ -70,12 +70,7 @@ def main() -> None:
             parser.error(f"--add takes NAME=RUN_FOLDER, got {pair}")
         add(name, Path(run), args.store)
     results = {p.stem: json.loads(p.read_text()) for p in sorted(args.store.glob("*.json"))}
-    text = args.readme.read_text("utf-8")
-    if BEGIN not in text or END not in text:
-        sys.exit(f"{args.readme} lacks the lines {BEGIN!r} and {END!r}")
-    head, rest = text.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    args.readme.write_text(f"{head}{BEGIN}\n{tables(results)}\n{END}{tail}", "utf-8")
+    write_block(args.readme, "results", tables(results))
     print(f"{args.readme}: {len(results)} results")
 
 

@@ -1,15 +1,19 @@
 """Every config parses, builds, and takes a training and a validation step."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import make_camvid, make_folder
+from layouts import make_ade20k, make_cityscapes, make_voc
 
 from isanet_pl.cli import main
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+RECIPES = [path for path in CONFIGS if re.match(r"isanet(-direct)?_r", path.name)]
+OTHERS = [path for path in CONFIGS if path not in RECIPES]
 
 # What makes a step small; none of it changes which classes are built.
 SMALL = {
@@ -21,29 +25,117 @@ SMALL = {
     "--trainer.fast_dev_run": 1,
 }
 
+# Settings of section 1.2 in mmsegmentation's configs/isanet: devices x batch, image and crop size.
+PUBLISHED = {
+    "cityscapes-512x1024": (2, "Cityscapes", [2048, 1024], [512, 1024]),
+    "cityscapes-769x769": (2, "Cityscapes", [2049, 1025], [769, 769]),
+    "ade20k-512x512": (4, "ADE20K", [2048, 512], [512, 512]),
+    "voc12aug-512x512": (4, "VOC", [2048, 512], [512, 512]),
+}
 
-@pytest.mark.parametrize("form", ["direct", "reduced"])
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_takes_a_step_in_both_forms(path, form, tmp_path, monkeypatch):
+
+def read(path):
+    """Returns a config with the files that it refers to."""
+
+    def resolve(node, folder):
+        if isinstance(node, str) and node.endswith(".yaml"):
+            return resolve(yaml.safe_load((folder / node).read_text()), (folder / node).parent)
+        if isinstance(node, dict):
+            return {key: resolve(value, folder) for key, value in node.items()}
+        return node
+
+    return resolve(yaml.safe_load(path.read_text()), path.parent)
+
+
+def take_a_step(path, tmp_path, monkeypatch, **options):
     monkeypatch.setattr(sys, "argv", ["isanet-pl"])
-    options = {**SMALL, "--model.network.form": form}
-    data = yaml.safe_load(path.read_text())["data"]
-    if isinstance(data, str):
-        data = yaml.safe_load((path.parent / data).read_text())
-    if data["class_path"] == "CamVid":
-        options["--data.root"] = make_camvid(tmp_path / "camvid", size=(40, 48))
-    elif data["class_path"] == "SegmentationFolder":
-        options["--data.root"] = make_folder(tmp_path / "folder", size=(40, 48))
+    config = read(path)
+    name = config["data"]["class_path"]
+    options = {**SMALL, **options}
+    if name in ("CamVid", "SegmentationFolder"):
+        make = make_camvid if name == "CamVid" else make_folder
+        options["--data.root"] = make(tmp_path / "data", size=(40, 48))
+    if name == "SegmentationFolder":
         options["--data.class_names"] = "[a, b, c]"
-    if data["class_path"] != "Synthetic":
+    if name != "Synthetic":
         options["--data.crop_size"] = "[40, 48]"
+    if path in RECIPES:
+        make = {"Cityscapes": make_cityscapes, "ADE20K": make_ade20k, "VOC": make_voc}[name]
+        options["--data.root"] = make(tmp_path / "data")
+        options["--data.base_size"] = "[48, 40]"
+    if "inference" in config["model"]:
+        options["--model.inference.crop_size"] = "[32, 32]"
+        options["--model.inference.stride"] = "[20, 20]"
     arguments = [str(part) for pair in options.items() for part in pair]
     cli = main(["fit", "--config", str(path), *arguments])
     assert cli.trainer.global_step == 1
     assert "val/miou" in cli.trainer.callback_metrics
+    return cli
+
+
+@pytest.mark.parametrize("form", ["direct", "reduced"])
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
+def test_config_takes_a_step_in_both_forms(path, form, tmp_path, monkeypatch):
+    take_a_step(path, tmp_path, monkeypatch, **{"--model.network.form": form})
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_takes_a_step(path, tmp_path, monkeypatch):
+    cli = take_a_step(path, tmp_path, monkeypatch)
+    inference = cli.model.inference
+    assert inference.base_size == (48, 40)  # flows from the data
+    assert inference.mode == ("slide" if "769" in path.stem else "whole")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_says_how_it_is_run(path):
     header = path.read_text().split("model:")[0]
     assert f"isanet-pl fit --config configs/{path.name}" in header
+
+
+def test_every_published_setting_has_a_recipe():
+    names = {path.stem for path in RECIPES}
+    expected = {
+        f"isanet_r{depth}-d8_4xb{batch}-{steps}_{data}"
+        for depth in (50, 101)
+        for data, (batch, *_) in PUBLISHED.items()
+        for steps in {"c": ("40k", "80k"), "a": ("80k", "160k"), "v": ("20k", "40k")}[data[0]]
+    }
+    assert len(expected) == 16
+    assert expected <= names
+    for data in ("cityscapes", "ade20k", "voc12aug"):
+        assert any(name.startswith("isanet-direct_r50") and data in name for name in names)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_what_its_name_says(path):
+    form, depth, batch, steps, data = re.fullmatch(
+        r"isanet(-direct)?_r(\d+)-d8_4xb(\d)-(\d+)k_(\w+-\w+)", path.stem
+    ).groups()
+    config = read(path)
+    published_batch, class_path, base_size, crop_size = PUBLISHED[data]
+    network, trainer = config["model"]["network"], config["trainer"]
+    assert network["form"] == ("direct" if form else "reduced")
+    assert network["backbone"] == f"resnet{depth}" + ("" if form else "c")
+    assert network["pretrained"] is True
+    assert int(batch) == published_batch == config["data"]["init_args"]["batch_size"]
+    assert config["model"]["reference_batch_size"] == 4 * published_batch
+    assert config["data"]["class_path"] == class_path
+    assert config["data"]["init_args"]["base_size"] == base_size
+    assert config["data"]["init_args"]["crop_size"] == crop_size
+    assert trainer["max_steps"] == 1000 * int(steps)
+    assert trainer["val_check_interval"] == 100 * int(steps)
+    sliding = "769" in data
+    assert network.get("align_corners", False) is sliding
+    slide = {"mode": "slide", "crop_size": [769, 769], "stride": [513, 513]}
+    assert config["model"].get("inference") == (slide if sliding else None)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_short_and_says_what_to_expect(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 25
+    header = " ".join(line.strip("# ") for line in text.splitlines() if line.startswith("#"))
+    assert "4 GPUs" in header
+    assert re.search(r"Expected: .*\d\d\.\d+ mIoU", header)
+    assert "mmsegmentation" in header or "isanet_r50" in header

@@ -2,6 +2,7 @@
 
 import shutil
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import fails_naming, make_camvid, make_folder, make_scene, truncat
 from PIL import Image
 
 from isanet_pl.data import CamVid, SegmentationFolder
+from isanet_pl.data.colours import Jitter, distort
 from isanet_pl.data.dataset import ImageDataset, code_table, default_palette
 from isanet_pl.data.files import INVALID
 
@@ -42,13 +44,149 @@ def write_mask(path, value, where=(5, 6)):
 def test_train_batches(folder):
     data = make_data(folder, "fit")
     batch = next(iter(data.train_dataloader()))
-    assert set(batch) == {"image", "mask", "name"}
+    assert set(batch) == {"image", "mask", "name", "jitter"}
     assert batch["image"].dtype == batch["mask"].dtype == torch.uint8
     assert batch["image"].shape == (2, 3, 16, 20)
     assert batch["mask"].shape == (2, 16, 20)
     assert set(batch["mask"].unique().tolist()) <= {0, 1, 2, 255}
     scenes = {str(folder / "train" / "images" / f"scene{i}.png") for i in range(3)}
     assert len(set(batch["name"]) & scenes) == 2
+
+
+def test_images_of_a_batch_lie_as_convolutions_want_them(folder):
+    data = make_data(folder, "fit")
+    for batch in (next(iter(data.train_dataloader())), next(iter(data.val_dataloader()))):
+        assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_colours_change_on_the_device_and_with_their_own_jitter(folder):
+    data = make_data(folder, "fit")
+    batch = next(iter(data.train_dataloader()))
+    plain, jitters = batch["image"].clone(), batch["jitter"]
+    bright = Jitter(brightness=20.0)
+    changed = data.on_after_batch_transfer({**batch, "jitter": [Jitter(), bright]}, 0)
+    assert set(changed) == {"image", "mask", "name"}
+    assert torch.equal(changed["image"][0], plain[0])
+    assert torch.equal(changed["image"][1], distort(plain[1], bright))
+    assert not torch.equal(changed["image"][1], plain[1])
+    assert changed["image"].is_contiguous(memory_format=torch.channels_last)
+    assert all(isinstance(jitter, Jitter) for jitter in jitters)
+
+
+def test_without_photometric_there_is_no_jitter(folder):
+    data = make_data(folder, "fit", photometric=False)
+    for batch in (next(iter(data.train_dataloader())), next(iter(data.val_dataloader()))):
+        assert "jitter" not in batch
+        image = batch["image"].clone()
+        assert torch.equal(data.on_after_batch_transfer(batch, 0)["image"], image)
+
+
+def test_a_training_run_sees_changed_colours(folder):
+    class Looking(pl.LightningModule):
+        def training_step(self, batch, _):
+            assert "jitter" not in batch
+            self.images.append(batch["image"].clone())
+
+        def configure_optimizers(self):
+            return None
+
+    seen = []
+    for photometric in (False, True):
+        module = Looking()
+        module.images = []
+        data = make_data(folder, photometric=photometric, flip=False, scale_range=(1, 1))
+        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        pl.Trainer(max_epochs=1, accelerator="cpu", limit_val_batches=0, **options).fit(
+            module, datamodule=data
+        )
+        seen.append(torch.cat(module.images).float().mean((2, 3)))
+    assert (seen[0] - seen[1]).abs().max() > 5
+
+
+def test_images_of_several_sizes_make_no_batch(tmp_path):
+    folder = make_folder(tmp_path / "data")
+    make_folder(tmp_path / "wide", size=(24, 50))
+    for kind in ("images", "masks"):
+        name = f"val/{kind}/scene0.png"
+        shutil.copy(tmp_path / "wide" / name, folder / name)
+    data = make_data(folder, "validate", eval_batch_size=2)
+    with fails_naming("several sizes (32x24, 50x24)", "--data.eval_batch_size 1"):
+        next(iter(data.val_dataloader()))
+
+
+def test_a_crop_of_a_part_of_the_file_is_that_of_the_whole_file(tmp_path):
+    """Training reads a PNG no further than the crop needs."""
+    data = make_data(make_folder(tmp_path / "data", size=(90, 60)), "fit", crop_size=(20, 20))
+    dataset = data._datasets["train"]
+    tops = set()
+    for number in range(60):
+        torch.manual_seed(number)
+        sample = dataset[number % 3]
+        torch.manual_seed(number)
+        image, mask = dataset.decode(dataset.pairs[number % 3])
+        window = dataset.transform.draw(mask)
+        image, mask = dataset.transform.cut(image, mask, window)
+        assert torch.equal(sample["image"], image)
+        assert torch.equal(sample["mask"], mask)
+        tops.add(window.top + window.height)
+    assert len(tops) > 20
+
+
+def test_a_size_that_changes_after_the_start_is_named(folder):
+    data = make_data(folder, "fit", crop_size=(4, 4), scale_range=(1, 1))
+    for path in (folder / "train" / "images").iterdir():
+        Image.fromarray(make_scene(0, (30, 32), [0])[0]).save(path)
+    with fails_naming("is 32x30", "is 32x24"):
+        data._datasets["train"][0]
+
+
+# The cache
+
+
+def draws(data, count=6):
+    """Returns samples of both splits, the same random numbers for each."""
+    samples = []
+    for split in ("train", "val"):
+        for number in range(count):
+            torch.manual_seed(number)
+            samples.append(data._datasets[split][number % 3])
+    return samples
+
+
+def test_cached_samples_are_those_of_the_files(folder, tmp_path):
+    data = make_data(folder, "fit")
+    plain = draws(data)
+    for _ in range(2):  # filled, then read
+        cached = draws(make_data(folder, "fit", cache=str(tmp_path / "cache")))
+        for one, other in zip(plain, cached, strict=True):
+            assert torch.equal(one["image"], other["image"])
+            assert torch.equal(one["mask"], other["mask"])
+            assert one["name"] == other["name"]
+            assert one.get("jitter") == other.get("jitter")
+    assert len(list((tmp_path / "cache").rglob("*.bin"))) == 6
+
+
+def test_cache_fills_from_loader_processes(folder, tmp_path):
+    data = make_data(folder, "fit", cache=str(tmp_path / "cache"), num_workers=2)
+    plain = [batch["mask"] for batch in make_data(folder, "validate").val_dataloader()]
+    for _ in range(2):
+        masks = [batch["mask"] for batch in data.val_dataloader()]
+        assert all(torch.equal(*pair) for pair in zip(masks, plain, strict=True))
+    assert len(list((tmp_path / "cache").rglob("*.bin"))) == 3
+
+
+def test_cache_keeps_label_maps_apart(folder, tmp_path):
+    cache = str(tmp_path / "cache")
+    first = make_data(folder, "validate", cache=cache)._datasets["val"][0]["mask"]
+    swap = {0: 1, 1: 0, 2: 2}
+    second = make_data(folder, "validate", cache=cache, label_map=swap)._datasets["val"][0]["mask"]
+    assert torch.equal(second == 1, first == 0)
+
+
+def test_cache_that_cannot_be_written_is_refused_before_training(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with fails_naming("--data.cache", tmp_path / "file"):
+        make_data(folder, "fit", cache=str(tmp_path / "file" / "cache"))
 
 
 def test_train_split_is_shuffled_and_short_batches_are_dropped(folder, tmp_path):

@@ -20,6 +20,7 @@ from isanet_pl.data.files import (
     pair_by_stem,
     read_image,
     read_mask,
+    read_top,
 )
 from isanet_pl.errors import InputError
 
@@ -419,20 +420,99 @@ def test_mask_is_turned_like_its_image(tmp_path, orientation):
     assert np.array_equal(read_mask(path), TURNS[orientation](codes))
 
 
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def chunk(kind, content=b""):
+    """Returns a part of a PNG file."""
+    check = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_grey_masks_of_few_bits_give_the_codes_as_stored(tmp_path, bits):
     # Pillow writes such files only for palettes, so this one is put together by hand.
     codes = np.arange(8, dtype=np.uint8)[None] % 2**bits
     packed = int("".join(f"{code:0{bits}b}" for code in codes[0]), 2).to_bytes(bits, "big")
 
-    def chunk(kind, content):
-        check = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
-
     header = struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0)
     data = zlib.compress(b"\0" + packed)
     path = tmp_path / "few.png"
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    )
+    path.write_bytes(SIGNATURE + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND"))
     assert np.array_equal(read_mask(path), codes)
+
+
+# read_top
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("rows", [1, 13, 20])
+def test_top_of_a_png_is_that_of_the_image(tmp_path, mode, rows):
+    path = tmp_path / "a.png"
+    Image.fromarray(noise()).convert(mode).save(path)
+    top = read_top(path, rows, (20, 30))
+    assert torch.equal(top, read_image(path)[:, :rows])
+    assert top.is_contiguous() or top.permute(1, 2, 0).is_contiguous()
+
+
+def test_top_of_a_large_png_of_several_chunks(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().count(b"IDAT") > 3
+    for rows in (1, 150, 299):
+        top = read_top(tmp_path / "a.png", rows, (300, 500))
+        assert np.array_equal(top.permute(1, 2, 0), pixels[:rows])
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "1", "I;16"])
+def test_top_leaves_other_modes_alone(tmp_path, mode):
+    grey = Image.fromarray(noise(channels=1))
+    (grey.convert("I").convert(mode) if mode == "I;16" else grey.convert(mode)).save(
+        tmp_path / "a.png"
+    )
+    assert read_top(tmp_path / "a.png", 5, (20, 30)) is None
+
+
+@pytest.mark.parametrize("ending", ["jpg", "webp", "tif", "bmp"])
+def test_top_leaves_other_formats_alone(tmp_path, ending):
+    Image.fromarray(noise()).save(tmp_path / f"a.{ending}")
+    assert read_top(tmp_path / f"a.{ending}", 5, (20, 30)) is None
+
+
+def test_top_leaves_another_size_alone(tmp_path):
+    Image.fromarray(noise()).save(tmp_path / "a.png")
+    assert read_top(tmp_path / "a.png", 5, (30, 20)) is None
+
+
+@pytest.mark.parametrize("where", ["before the pixels", "after the pixels"])
+def test_top_leaves_a_turned_image_alone(tmp_path, where):
+    path = tmp_path / "a.png"
+    save_turned(path, noise(), 3)
+    content = path.read_bytes()
+    if where == "after the pixels":
+        at = content.index(b"eXIf") - 4
+        length = 12 + struct.unpack(">I", content[at : at + 4])[0]
+        block, content = content[at : at + length], content[:at] + content[at + length :]
+        end = content.index(b"IEND") - 4
+        path.write_bytes(content[:end] + block + content[end:])
+        with Image.open(path) as image:
+            assert "exif" not in image.info  # not before it is decoded
+    assert read_top(path, 5, (20, 30)) is None
+
+
+def test_top_leaves_an_interlaced_image_alone(tmp_path):
+    # One pixel needs one pass only, so this is a whole interlaced file.
+    header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 1)
+    data = chunk(b"IDAT", zlib.compress(b"\0\x55"))
+    (tmp_path / "a.png").write_bytes(SIGNATURE + chunk(b"IHDR", header) + data + chunk(b"IEND"))
+    assert read_image(tmp_path / "a.png").flatten().tolist() == [0x55] * 3
+    assert read_top(tmp_path / "a.png", 1, (1, 1)) is None
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_top_of_a_truncated_file_names_it(tmp_path, share):
+    path = tmp_path / "a.png"
+    Image.fromarray(noise()).save(path)
+    truncate(path, share)
+    with fails_naming("cannot read", path):
+        read_top(path, 20, (20, 30))

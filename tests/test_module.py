@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from isanet_pl.errors import InputError
+from isanet_pl.inference import Inference
 from isanet_pl.losses import SegmentationLoss
 from isanet_pl.models import ISANet
 from isanet_pl.module import SegmentationModule, poly_schedule
@@ -102,6 +103,82 @@ def test_default_optimiser_is_the_literatures_sgd(tmp_path):
     assert type(optimizer) is torch.optim.SGD
     group = optimizer.param_groups[0]
     assert (group["initial_lr"], group["momentum"], group["weight_decay"]) == (0.01, 0.9, 5e-4)
+
+
+# The batch that the learning rate was set for
+
+
+def fit_and_read_rate(tmp_path, caplog, reference, scale=False, **trainer):
+    """Returns the first learning rate of a fit with batches of 2, and what was said about it."""
+    module = make_module(reference_batch_size=reference, scale_lr=scale)
+    with caplog.at_level("INFO", logger="isanet_pl.module"):
+        make_trainer(tmp_path, max_steps=1, **trainer).fit(module, make_loader())
+    rate = module.optimizers().param_groups[0]["initial_lr"]
+    ours = [record for record in caplog.records if record.name == "isanet_pl.module"]
+    return rate, " ".join(record.getMessage() for record in ours)
+
+
+def test_another_batch_than_the_learning_rate_was_set_for_is_said(tmp_path, caplog):
+    rate, said = fit_and_read_rate(tmp_path, caplog, 8, accumulate_grad_batches=2)
+    assert rate == 0.01
+    assert "a step sees 4 images (1 devices x batch_size 2 x accumulate_grad_batches 2)" in said
+    assert "was set for 8" in said
+    assert "--data.batch_size 4 or --trainer.accumulate_grad_batches 4 or --model.scale_lr" in said
+
+
+def test_what_cannot_be_reached_is_not_proposed(tmp_path, caplog):
+    _, said = fit_and_read_rate(tmp_path, caplog, 3, accumulate_grad_batches=2)
+    assert said.endswith("; set --model.scale_lr true")
+
+
+@pytest.mark.parametrize(("reference", "accumulated"), [(4, 2), (2, 1), (None, 1)])
+def test_the_right_batch_is_not_mentioned(tmp_path, caplog, reference, accumulated):
+    rate, said = fit_and_read_rate(tmp_path, caplog, reference, accumulate_grad_batches=accumulated)
+    assert rate == 0.01
+    assert said == ""
+
+
+def test_learning_rate_scales_with_the_batch(tmp_path, caplog):
+    rate, said = fit_and_read_rate(tmp_path, caplog, 8, scale=True, accumulate_grad_batches=2)
+    assert rate == pytest.approx(0.005)
+    assert "multiplied by 0.5" in said
+
+
+def test_scaling_needs_a_reference():
+    with pytest.raises(InputError, match=r"scale_lr needs model\.reference_batch_size"):
+        make_module(scale_lr=True)
+
+
+# How evaluation sees images
+
+
+def test_evaluation_uses_the_inference_settings_and_training_does_not(tmp_path):
+    inference = Inference(mode="slide", crop_size=(8, 8), stride=(5, 5), flip=True)
+    module = make_module(inference=inference)
+    seen = []
+    module.network.backbone.register_forward_pre_hook(
+        lambda _, inputs: seen.append((module.training, tuple(inputs[0].shape[2:])))
+    )
+    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=1)
+    trainer.fit(module, make_loader())
+    assert seen == [(True, (16, 16))]
+    trainer.validate(module, make_loader(), verbose=False)
+    # Windows at 0, 5 and 8 of 16 pixels in both directions, for each of two views.
+    assert seen[1:] == [(False, (8, 8))] * 18
+    batch = next(iter(make_loader()))
+    module.eval()
+    with torch.no_grad():
+        expected = inference(module.network, batch["image"]).argmax(1)
+        assert torch.equal(module.predict_step(batch, 0), expected)
+
+
+def test_checkpoint_keeps_the_inference_settings(tmp_path):
+    module = make_module(inference=Inference(scales=[0.5, 1.0], base_size=(20, 10)))
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, make_loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]["inference"]
+    assert Inference(**saved) == module.inference
 
 
 def test_training_lowers_the_loss(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from isanet_pl.data.transforms import RandomScaleCrop, TrainTransform
+from isanet_pl.data.transforms import TrainTransform
+from isanet_pl.inference import fit_scale
 
 MEAN_COLOUR = torch.tensor([0.485, 0.456, 0.406]).mul(255).round().to(torch.uint8)  # ImageNet
 
@@ -40,7 +41,7 @@ def random_pair(height, width, num_classes=5):
 
 
 def plain(crop_size, scale_range, flip=False):
-    return TrainTransform(crop_size, scale_range, flip=flip, photometric=False)
+    return TrainTransform(crop_size, scale_range, flip=flip)
 
 
 def same_draw(transform, number, *pairs):
@@ -63,7 +64,7 @@ CROPS = [(1, 1), (2, 9), (32, 32), (48, 24), (65, 129)]
 def test_result_has_the_crop_size_and_is_padded_right_and_below(size, crop):
     for scale in (0.01, 0.3, 0.5, 1.0, 1.37, 2.0, 5.0):
         image, mask = random_pair(*size)
-        cut, cut_mask = RandomScaleCrop(crop, (scale, scale))(image, mask)
+        cut, cut_mask = TrainTransform(crop, (scale, scale))(image, mask)
         assert cut.dtype == cut_mask.dtype == torch.uint8
         assert cut.shape == (3, *crop)
         assert cut_mask.shape == crop
@@ -78,7 +79,7 @@ def test_padding_does_not_bleed_into_the_image():
     image = torch.full((3, 40, 50), 200, dtype=torch.uint8)
     mask = torch.full((40, 50), 3, dtype=torch.uint8)
     for scale in (0.5, 0.77, 1.0, 1.3):
-        cut, cut_mask = RandomScaleCrop((64, 80), (scale, scale))(image, mask)
+        cut, cut_mask = TrainTransform((64, 80), (scale, scale))(image, mask)
         assert set(cut[:, cut_mask == 3].unique().tolist()) == {200}
         assert set(cut_mask.unique().tolist()) == {3, 255}
 
@@ -86,7 +87,7 @@ def test_padding_does_not_bleed_into_the_image():
 def test_ignored_pixels_stay_ignored():
     image, mask = random_pair(30, 40)
     mask[:, 20:] = 255
-    _, cut_mask = RandomScaleCrop((15, 20), (0.5, 0.5))(image, mask)
+    _, cut_mask = TrainTransform((15, 20), (0.5, 0.5))(image, mask)
     assert (cut_mask[:, :10] != 255).all()
     assert (cut_mask[:, 10:] == 255).all()
 
@@ -179,7 +180,7 @@ def test_inside_of_every_class_has_its_colour():
 
 def test_scale_is_uniform_and_the_same_for_both_sides():
     image, mask = random_pair(50, 100)
-    crop = RandomScaleCrop((120, 220), (0.5, 2.0))
+    crop = TrainTransform((120, 220), (0.5, 2.0))
     scales = []
     for _ in range(2000):
         seen = crop(image, mask)[1] != 255
@@ -199,8 +200,8 @@ def resize_then_crop(source, crop, scale):
 
 
 def cut_then_resize(source, crop, scale):
-    """Returns the same two numbers of RandomScaleCrop's window."""
-    start, length, result = RandomScaleCrop._window(source, crop, scale)
+    """Returns the same two numbers of TrainTransform's window."""
+    start, length, result = TrainTransform._axis(source, crop, scale)
     assert 0 <= start <= start + length <= source
     assert length >= 1
     assert 1 <= result <= crop
@@ -234,34 +235,78 @@ def test_windows_of_tiny_images_stay_inside(source, crop):
 
 
 def test_window_reaches_both_ends():
-    starts = {RandomScaleCrop._window(12, 5, 1.0)[0] for _ in range(300)}
+    starts = {TrainTransform._axis(12, 5, 1.0)[0] for _ in range(300)}
     assert starts == set(range(8))
 
 
-# Colours
+# Base size
 
 
-def test_photometric_changes_the_image_and_never_the_mask():
-    image, mask = random_pair(40, 50)
-    changed = 0
-    for number in range(40):
-        arguments = ((32, 32), (0.5, 2.0), True)
-        ((cut, cut_mask),) = same_draw(plain(*arguments), number, (image, mask))
-        ((bright, bright_mask),) = same_draw(TrainTransform(*arguments), number, (image, mask))
-        assert torch.equal(bright_mask, cut_mask)
-        assert bright.dtype == torch.uint8
-        assert bright.shape == cut.shape
-        changed += not torch.equal(bright, cut)
-    assert 30 <= changed <= 39  # four changes, each with probability one half: 37.5 of 40
+@pytest.mark.parametrize(
+    ("size", "base_size", "factor"),
+    [
+        ((512, 683), (2048, 512), 1.0),  # the short edge decides
+        ((300, 1500), (2048, 512), 2048 / 1500),  # the long one
+        ((1500, 300), (2048, 512), 2048 / 1500),  # whichever way up
+        ((1024, 2048), (2049, 1025), 2049 / 2048),
+        ((100, 50), (25, 25), 0.25),
+        ((100, 50), None, 1.0),
+    ],
+)
+def test_base_size_is_fitted_to_both_edges(size, base_size, factor):
+    assert fit_scale(size, base_size) == pytest.approx(factor)
 
 
-def test_photometric_keeps_the_channels_in_place():
-    red = torch.tensor([200, 60, 60], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
-    mask = torch.zeros(8, 8, dtype=torch.uint8)
-    transform = TrainTransform((8, 8), (1, 1))
-    seen = torch.stack([transform(red, mask)[0][:, 0, 0] for _ in range(60)])
-    assert (seen.argmax(1) == 0).all()
-    assert len(seen.unique(dim=0)) > 30
+def test_scale_range_is_relative_to_the_base_size():
+    image, mask = random_pair(60, 120)
+    _, cut = TrainTransform((200, 200), (0.5, 0.5), base_size=(240, 240))(image, mask)
+    assert (cut != 255).any(1).sum() == 60  # twice its size, then half of that
+    assert (cut != 255).any(0).sum() == 120
+    _, cut = TrainTransform((200, 200), (1, 1), base_size=(30, 90))(image, mask)
+    assert (cut != 255).any(1).sum() == 30  # the order of the two edges does not matter
+    assert (cut != 255).any(0).sum() == 60
+
+
+# Crops of one class
+
+
+def spotted(height=64, width=256):
+    """Returns an image of class 0 and, in its left eighth, rows of classes 1 and 2."""
+    image, mask = random_pair(height, width)
+    mask.zero_()
+    mask[:, : width // 8] = (torch.arange(height)[:, None] // 4 % 2 + 1).to(torch.uint8)
+    return image, mask
+
+
+def varied_share(cat_max_ratio, ignored=False):
+    image, mask = spotted()
+    if ignored:
+        mask[mask == 0] = 255
+    crop = TrainTransform((32, 32), (1, 1), cat_max_ratio=cat_max_ratio)
+    seen = 0
+    for _ in range(400):
+        counts = torch.bincount(crop(image, mask)[1].flatten().long(), minlength=256)[:255]
+        seen += bool(counts.max() < 0.75 * counts.sum())
+    return seen / 400
+
+
+def test_crops_of_one_class_are_drawn_again():
+    # One draw shows a varied crop with probability 24 / 225 (left edge 0..24 of 0..224, less where
+    # class 0 is above three quarters); eleven draws nearly always end with one.
+    assert varied_share(1.0) < 0.2
+    assert varied_share(0.75) > 0.6
+
+
+def test_crops_without_any_label_are_drawn_again():
+    assert varied_share(1.0, ignored=True) < 0.25
+    assert varied_share(0.75, ignored=True) > 0.7
+
+
+def test_an_image_of_one_class_still_gives_a_crop():
+    image, mask = random_pair(40, 40, num_classes=1)
+    for value in (0, 255):
+        _, cut = TrainTransform((16, 16), (1, 1), cat_max_ratio=0.75)(image, mask + value)
+        assert (cut == value).all()
 
 
 # Off, reproducible, wrong arguments
@@ -292,7 +337,7 @@ def test_flip_exchanges_left_and_right_classes():
     mask[0] = 255
     exchanged = torch.tensor([0, 2, 1, 3, 4])[mask.where(mask != 255, 0).long()].to(torch.uint8)
     exchanged[0] = 255
-    transform = TrainTransform((9, 11), (1, 1), photometric=False, mirrored_classes=[(1, 2)])
+    transform = TrainTransform((9, 11), (1, 1), flip=True, mirrored_classes=[(1, 2)])
     seen = set()
     for _ in range(40):
         cut, cut_mask = transform(image, mask)
@@ -307,14 +352,14 @@ def test_inputs_are_left_alone():
     image_before, mask_before = image.clone(), mask.clone()
     for crop, scale_range in itertools.product([(20, 30), (8, 8), (40, 40)], [(1, 1), (0.5, 2.0)]):
         for _ in range(5):
-            TrainTransform(crop, scale_range, mirrored_classes=[(0, 1)])(image, mask)
+            TrainTransform(crop, scale_range, flip=True, mirrored_classes=[(0, 1)])(image, mask)
     assert torch.equal(image, image_before)
     assert torch.equal(mask, mask_before)
 
 
 def test_the_seed_decides_everything():
     pair = random_pair(50, 60)
-    transform = TrainTransform((32, 32), (0.5, 2.0))
+    transform = plain((32, 32), (0.5, 2.0), flip=True)
     first, second, other = (same_draw(transform, number, pair)[0] for number in (3, 3, 4))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
@@ -331,3 +376,11 @@ def test_crop_size_must_be_positive(crop_size):
 def test_scale_range_must_be_positive_and_in_order(scale_range):
     with pytest.raises(ValueError, match=r"scale_range.*low <= high.*got \("):
         TrainTransform((8, 8), scale_range)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("base_size", (0, 8)), ("cat_max_ratio", 0), ("cat_max_ratio", 1.1)]
+)
+def test_other_arguments_must_make_sense(argument, value):
+    with pytest.raises(ValueError, match=rf"{argument} must be .*got .*{value}"):
+        TrainTransform((8, 8), (1, 1), **{argument: value})

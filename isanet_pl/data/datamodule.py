@@ -3,12 +3,14 @@
 import os
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from isanet_pl.data.cache import DecodedCache
+from isanet_pl.data.colours import distort
 from isanet_pl.data.dataset import (
     Colour,
     ImageDataset,
@@ -16,6 +18,7 @@ from isanet_pl.data.dataset import (
     Sample,
     check_pairs,
     code_table,
+    collate,
 )
 from isanet_pl.data.files import Codes, Pair, read_mask
 from isanet_pl.data.transforms import TrainTransform
@@ -35,11 +38,16 @@ class SegmentationDataModule(pl.LightningDataModule):
         batch_size: Training images per step and device.
         crop_size: (H, W) of training crops.
         scale_range: Random scale of training images, uniform between the two.
+        base_size: (long, short) edge that images are scaled to, keeping their shape, before all
+            else: `scale_range` is relative to it, and so is evaluation. null: their own size.
+        cat_max_ratio: Avoid training crops of which one class has this share or more; 1: take all.
         flip: Mirror training images at random.
-        photometric: Distort colours of training images at random.
+        photometric: Distort colours of training images at random, on the device.
         num_workers: Loader processes; None: one for each core, at most 8.
         eval_batch_size: Validation and test images per step; above 1 all must have one size.
         predict_dir: Folder of images for `predict`, searched with its sub-folders.
+        cache: Folder for decoded images and masks (4 bytes a pixel): each file is decoded once, and
+            crops then read their own rows only. Runs may share it. null: decode every time.
     """
 
     class_names: Sequence[str]
@@ -65,11 +73,14 @@ class SegmentationDataModule(pl.LightningDataModule):
         batch_size: int = 8,
         crop_size: tuple[int, int] = (512, 512),
         scale_range: tuple[float, float] = (0.5, 2.0),
+        base_size: tuple[int, int] | None = None,
+        cat_max_ratio: float = 0.75,
         flip: bool = True,
         photometric: bool = True,
         num_workers: int | None = None,
         eval_batch_size: int = 1,
         predict_dir: str | None = None,
+        cache: str | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
@@ -81,9 +92,12 @@ class SegmentationDataModule(pl.LightningDataModule):
             min(8, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
         )
         self.predict_dir = predict_dir
+        self.base_size = base_size
         self.train_transform = TrainTransform(
-            crop_size, scale_range, flip, photometric, self.mirrored_classes
+            crop_size, scale_range, base_size, cat_max_ratio, flip, self.mirrored_classes
         )
+        self.photometric = photometric
+        self.cache = cache
         self._datasets: dict[str, Dataset[Sample]] = {}
 
     @property
@@ -101,11 +115,22 @@ class SegmentationDataModule(pl.LightningDataModule):
 
     def build_dataset(self, split: Split) -> Dataset[Sample]:
         """Returns the samples of a split, checked; see `check_pairs`."""
+        train = split == "train"
         table = code_table(self.num_classes, self.label_map, self.reduce_zero_label)
-        transform = self.train_transform if split == "train" else None
-        pairs = self.list_pairs(split)
-        dataset = PairDataset(pairs, table, self.num_classes, transform, self.read_codes)
+        dataset = PairDataset(
+            self.list_pairs(split),
+            table,
+            self.num_classes,
+            self.train_transform if train else None,
+            self.read_codes,
+            photometric=train and self.photometric,
+        )
         check_pairs(dataset)
+        if self.cache is not None:
+            # Masks are kept as classes, so what maps them belongs to the key.
+            key = table.tobytes() + self.read_codes.__qualname__.encode()
+            dataset.cache = DecodedCache(Path(self.cache), key)
+            dataset.cache.check_space(dataset.pairs)
         return dataset
 
     @property
@@ -152,10 +177,17 @@ class SegmentationDataModule(pl.LightningDataModule):
             batch_size=batch_size,
             shuffle=train,
             drop_last=train,  # BatchNorm wants full batches
+            collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Returns the batch with the colours of training images distorted, on its device."""
+        for image, jitter in zip(batch["image"], batch.pop("jitter", ()), strict=False):
+            image.copy_(distort(image, jitter))
+        return batch
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Returns shuffled, augmented batches."""

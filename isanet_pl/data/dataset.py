@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
+from isanet_pl.data.cache import DecodedCache
+from isanet_pl.data.colours import Jitter, draw_jitter
 from isanet_pl.data.files import (
     IGNORE,
     IMAGE_SUFFIXES,
@@ -21,7 +23,9 @@ from isanet_pl.data.files import (
     map_codes,
     read_image,
     read_mask,
+    read_top,
 )
+from isanet_pl.data.transforms import TrainTransform, Window
 from isanet_pl.errors import InputError
 
 Colour = tuple[int, int, int]
@@ -33,9 +37,31 @@ class Sample(TypedDict, total=False):
     image: Tensor  # uint8 (3, H, W) RGB
     mask: Tensor  # uint8 (H, W), classes 0..K-1, 255 = ignore
     name: str  # the file, for messages and for naming results
+    jitter: Jitter  # how the device is to change the colours; training samples only
 
 
-def default_palette(num_classes: int) -> list[Colour]:
+def collate(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Returns a batch: image uint8 (N, 3, H, W) channels_last, mask (N, H, W), lists of the rest.
+
+    Raises:
+        InputError: The images have several sizes.
+    """
+    sizes = {tuple(sample["image"].shape[1:]) for sample in samples}
+    if len(sizes) > 1:
+        raise InputError(
+            f"images of several sizes ({', '.join(f'{w}x{h}' for h, w in sorted(sizes))}) make no "
+            "batch: set --data.eval_batch_size 1"
+        )
+    batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}  # type: ignore[literal-required]
+    # Stacked as the files are decoded, colours last, which is a plain copy and what convs want.
+    pixels = default_collate([image.permute(1, 2, 0) for image in batch["image"]])
+    batch["image"] = pixels.permute(0, 3, 1, 2)
+    if "mask" in batch:
+        batch["mask"] = default_collate(batch["mask"])
+    return batch
+
+
+def default_palette(num_classes: int) -> tuple[Colour, ...]:
     """Returns PASCAL VOC's colour map: the bits of the class index spread over R, G and B."""
     palette = []
     for index in range(num_classes):
@@ -45,7 +71,7 @@ def default_palette(num_classes: int) -> list[Colour]:
                 colour[channel] |= (code >> channel & 1) << bit
             code >>= 3
         palette.append((colour[0], colour[1], colour[2]))
-    return palette
+    return tuple(palette)
 
 
 def code_table(
@@ -89,8 +115,10 @@ class PairDataset(Dataset[Sample]):
         pairs: The files.
         table: Class of each mask code; see `code_table`.
         num_classes: K, for messages.
-        transform: Takes and returns (image, mask); None returns them as they are in the files.
+        transform: What is made of them; None returns them as they are in the files.
         read_codes: Returns the codes (H, W) of a mask file.
+        photometric: Draw a `jitter` with each sample.
+        cache: Where decoded samples are kept; None: nowhere.
     """
 
     def __init__(
@@ -98,27 +126,61 @@ class PairDataset(Dataset[Sample]):
         pairs: Sequence[Pair],
         table: np.ndarray[tuple[int], np.dtype[np.uint8]],
         num_classes: int,
-        transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        transform: TrainTransform | None = None,
         read_codes: Callable[[Path], Codes] = read_mask,
+        photometric: bool = False,
+        cache: DecodedCache | None = None,
     ) -> None:
         self.pairs = pairs
         self.table = table
         self.num_classes = num_classes
         self.transform = transform
         self.read_codes = read_codes
+        self.photometric = photometric
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
-        image_path, mask_path = self.pairs[index]
+        pair = self.pairs[index]
+        if self.cache is not None:
+            image, mask = self.cache.read(pair, lambda: self.decode(pair))
+            window = self.transform.draw(mask) if self.transform else None
+        else:
+            mask = self._read_mask(pair)
+            window = self.transform.draw(mask) if self.transform else None
+            image = self._read_image(pair, mask, window)
+        if self.transform is not None and window is not None:
+            image, mask = self.transform.cut(image, mask, window)
+        sample: Sample = {"image": image, "mask": mask, "name": str(pair[0])}
+        if self.photometric:
+            sample["jitter"] = draw_jitter()
+        return sample
+
+    def decode(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Returns image uint8 (3, H, W) and class map uint8 (H, W) of two files.
+
+        Raises:
+            InputError: A file cannot be read, the sizes differ, or a mask has a wrong code.
+        """
+        mask = self._read_mask(pair)
+        return self._read_image(pair, mask), mask
+
+    def _read_mask(self, pair: Pair) -> Tensor:
+        return map_codes(self.read_codes(pair[1]), self.table, self.num_classes, pair[1])
+
+    def _read_image(self, pair: Pair, mask: Tensor, window: Window | None = None) -> Tensor:
+        """Returns the image of a mask; of a window, perhaps only the rows down to its last."""
+        image_path, mask_path = pair
+        if window is not None and window.top + window.height < len(mask):
+            image = read_top(image_path, window.top + window.height, mask.shape)
+            if image is not None:
+                return image
         image = read_image(image_path)
-        mask = map_codes(self.read_codes(mask_path), self.table, self.num_classes, mask_path)
         if image.shape[1:] != mask.shape:
             raise _size_error(image_path, mask_path, image.shape[1:], mask.shape)
-        if self.transform is not None:
-            image, mask = self.transform(image, mask)
-        return {"image": image, "mask": mask, "name": str(image_path)}
+        return image
 
 
 class ImageDataset(Dataset[Sample]):
@@ -158,16 +220,14 @@ def check_pairs(dataset: PairDataset, headers: int = 500, samples: int = 8) -> N
         InputError: A file cannot be read, sizes of a pair differ, or a mask has a wrong code.
     """
     pairs = dataset.pairs
-    plain = PairDataset(pairs, dataset.table, dataset.num_classes, read_codes=dataset.read_codes)
-    for index in range(0, len(pairs), max(1, len(pairs) // headers)):
-        image_path, mask_path = pairs[index]
+    for image_path, mask_path in pairs[:: max(1, len(pairs) // headers)]:
         if mask_path.suffix.lower() not in MASK_SUFFIXES:
             continue  # not a picture: its reader sees to it
         if displayed_size(image_path) != displayed_size(mask_path):
             # Decoded to be sure: an orientation can stand where a header does not show it.
-            plain[index]
-    for index in range(0, len(pairs), max(1, len(pairs) // samples)):
-        plain[index]
+            dataset.decode((image_path, mask_path))
+    for pair in pairs[:: max(1, len(pairs) // samples)]:
+        dataset.decode(pair)
 
 
 def _size_error(

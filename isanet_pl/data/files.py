@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -126,6 +127,42 @@ def read_image(path: Path) -> Tensor:
         return pixels
 
 
+def read_top(path: Path, rows: int, size: Sequence[int]) -> Tensor | None:
+    """Returns the first rows of a PNG, uint8 (3, rows, W); None for what `read_image` must read.
+
+    A PNG is unpacked from its top, which takes most of the time that a training sample costs, and
+    a crop does not need what is below it. Other formats, interlaced files, files with an EXIF
+    orientation and rare colour modes are left to `read_image`.
+
+    Args:
+        path: The file.
+        rows: How many.
+        size: (H, W) that the image must have, or the result is None.
+
+    Raises:
+        InputError: The file cannot be read, or is truncated.
+    """
+    with open_image(path) as image:
+        if (
+            not isinstance(image, PngImageFile)
+            or image.mode not in ("RGB", "L")
+            or (image.height, image.width) != tuple(size)
+            or image.info.get("interlace")
+            or len(image.tile) != 1
+        ):
+            return None
+        # Pillow is told that the image ends there: its decoder stops with the last row that the
+        # tile covers, and goes on to read, but not to unpack, the rest of the file.
+        codec, _, offset, arguments = image.tile[0]
+        image.tile = [(codec, (0, 0, image.width, rows), offset, arguments)]  # type: ignore[list-item]
+        image._size = (image.width, rows)
+        _load(image, path)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            return None
+        pixels: Tensor = pil_to_tensor(image.convert("RGB"))
+        return pixels
+
+
 def read_mask(path: Path) -> Codes:
     """Returns the codes of an index mask, (H, W): palette indices or grey values, as stored.
 
@@ -150,11 +187,15 @@ def read_mask(path: Path) -> Codes:
 
 def _decode(image: Image.Image, path: Path) -> None:
     """Decodes an opened file in place and turns it the way up that its EXIF orientation says."""
+    _load(image, path)
+    ImageOps.exif_transpose(image, in_place=True)
+
+
+def _load(image: Image.Image, path: Path) -> None:
     try:
         image.load()
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}; restore or remove it") from error
-    ImageOps.exif_transpose(image, in_place=True)
 
 
 def map_codes(

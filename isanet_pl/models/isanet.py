@@ -29,9 +29,9 @@ class ISANet(nn.Module):
     - `direct`: the ISA module works straight on the backbone's channels; conv3x3 (with bias),
       BatchNorm, ReLU; bilinear to the input's size; conv3x3 classifier at full resolution. No
       auxiliary head.
-    - `reduced` (the authors' code and mmsegmentation): conv3x3-BN-ReLU to `out_channels`, ISA
-      module on these, conv1x1 classifier, bilinear to the input's size. Auxiliary FCN head on the
-      stage before the last.
+    - `reduced` (mmsegmentation, and with other details the authors' code): conv3x3-BN-ReLU to
+      `out_channels`, ISA module on these, conv1x1 classifier, bilinear to the input's size.
+      Auxiliary FCN head on the stage before the last.
 
     Args:
         num_classes: K; the command line takes it from the data.
@@ -54,14 +54,16 @@ class ISANet(nn.Module):
             cheaper by the square of the stride; the reduced form always does so.
         order: The stages of ISA, the other way round, or one alone (ablations).
         mask_padding: Keep ISA's padded positions from being attended to; the reference does not.
-        value_bias: Give the value convs a bias (mmsegmentation).
-        context_first: Concatenate [context, input] instead of [input, context] (mmsegmentation).
+        value_bias: Give the value convs a bias, as mmsegmentation does and the authors do not;
+            None: if reduced.
+        context_first: Concatenate [context, input], as mmsegmentation does, instead of
+            [input, context], as the authors do; None: if reduced.
         ceil_mode: Round the max-pool's size up (the authors' backbone).
         mean: RGB mean that `normalise` subtracts, in 0..255.
         std: RGB standard deviation that `normalise` divides by, in 0..255.
 
     Attributes:
-        arguments: What the network was built with; a checkpoint keeps it.
+        arguments: What the network was built with, no default left open; a checkpoint keeps it.
 
     Raises:
         ValueError: An argument is out of its range, or a weights file does not fit.
@@ -92,15 +94,14 @@ class ISANet(nn.Module):
         classify_before_upsampling: bool = False,
         order: AttentionOrder = "long_short",
         mask_padding: bool = False,
-        value_bias: bool = False,
-        context_first: bool = False,
+        value_bias: bool | None = None,
+        context_first: bool | None = None,
         ceil_mode: bool = False,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.arguments = arguments
         if not 2 <= num_classes <= 254:
             raise ValueError(f"num_classes must be 2 to 254 (masks are uint8), got {num_classes}")
         if form not in get_args(Form) or context not in get_args(Context):
@@ -110,8 +111,20 @@ class ISANet(nn.Module):
             )
         reduced = form == "reduced"
         dropout = (0.1 if reduced else 0.0) if dropout is None else dropout
+        aux_head = reduced if aux_head is None else aux_head
+        align_corners = not reduced if align_corners is None else align_corners
+        value_bias = reduced if value_bias is None else value_bias
+        context_first = reduced if context_first is None else context_first
+        arguments |= {
+            "dropout": dropout,
+            "aux_head": aux_head,
+            "align_corners": align_corners,
+            "value_bias": value_bias,
+            "context_first": context_first,
+        }
+        self.arguments = arguments
         self.form = form
-        self.align_corners = not reduced if align_corners is None else align_corners
+        self.align_corners = align_corners
         self.classify_before_upsampling = reduced or classify_before_upsampling
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -152,7 +165,7 @@ class ISANet(nn.Module):
             )
             self.classifier = nn.Conv2d(out_channels, num_classes, 3, padding=1)
         self.aux_head: nn.Sequential | None = None
-        if reduced if aux_head is None else aux_head:
+        if aux_head:
             self.aux_head = nn.Sequential(
                 *conv_bn_relu(before_channels, aux_channels, kernel_size=3),
                 nn.Dropout2d(dropout),

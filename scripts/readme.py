@@ -1,0 +1,25 @@
+"""The blocks of the README that scripts write."""
+
+import sys
+from pathlib import Path
+
+
+def write_block(path: Path, name: str, text: str) -> None:
+    """Replaces what stands between the two marks of a block.
+
+    Args:
+        path: The README.
+        name: Of the block. Its marks are two comments, `NAME: written by a script` and
+            `end of NAME`.
+        text: Markdown.
+
+    Raises:
+        SystemExit: The file lacks the marks.
+    """
+    begin, end = f"<!-- {name}: written by a script -->", f"<!-- end of {name} -->"
+    content = path.read_text("utf-8")
+    if begin not in content or end not in content:
+        sys.exit(f"{path} lacks the lines {begin!r} and {end!r}")
+    head, rest = content.split(begin, 1)
+    tail = rest.split(end, 1)[1]
+    path.write_text(f"{head}{begin}\n{text}\n{end}{tail}", "utf-8")

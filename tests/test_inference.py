@@ -1,0 +1,233 @@
+"""Whole, sliding and averaged inference, against plain formulations."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isanet_pl.inference import Inference, window_starts
+from isanet_pl.models import ISANet
+
+
+class Pointwise:
+    """A network whose answer at a pixel depends on that pixel alone."""
+
+    align_corners = False
+
+    def __init__(self, num_classes=3):
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.randn(num_classes, 3, 1, 1, generator=generator)
+        self.sizes = []
+
+    def normalise(self, image):
+        return image.float() / 255
+
+    def __call__(self, x):
+        self.sizes.append(tuple(x.shape[2:]))
+        return {"out": F.conv2d(x, self.weight)}
+
+
+class Recording(Pointwise):
+    """A network that gives its own number to every pixel of its n-th call."""
+
+    def __call__(self, x):
+        self.sizes.append(tuple(x.shape[2:]))
+        n, _, h, w = x.shape
+        return {"out": torch.full((n, 2, h, w), float(len(self.sizes)))}
+
+
+def noise(*size, count=1):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(256, (count, 3, *size), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def isanet():
+    torch.manual_seed(0)
+    network = ISANet(
+        4, "resnet18", form="reduced", key_channels=8, value_channels=8, out_channels=8,
+        down_factors=((2, 2),), last_stage=2,
+    )  # fmt: skip
+    # Random statistics, so that nothing is near zero by accident.
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+    return network.eval()
+
+
+# Windows
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 120), st.data())
+def test_windows_cover_the_axis_and_stay_inside(length, crop, data):
+    stride = data.draw(st.integers(1, crop))
+    starts = window_starts(length, crop, stride)
+    covered = set()
+    for start in starts:
+        assert start == 0 or start + crop <= length
+        covered |= set(range(start, min(start + crop, length)))
+    assert covered == set(range(length))
+    assert starts == sorted(set(starts))  # none twice
+    assert all(b - a <= stride for a, b in itertools.pairwise(starts))
+    assert len(starts) == max(0, -(-(length - crop) // stride)) + 1  # mmsegmentation's count
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.data(),
+)
+def test_sliding_does_not_change_what_a_pixelwise_network_says(size, crop, data):
+    stride = tuple(data.draw(st.integers(1, c)) for c in crop)
+    image = noise(*size)
+    whole = Inference()(Pointwise(), image)
+    slid = Inference(mode="slide", crop_size=crop, stride=stride)(Pointwise(), image)
+    assert torch.allclose(slid, whole, atol=1e-5)
+
+
+def test_overlaps_are_averaged_and_the_last_window_is_shifted_back():
+    network = Recording()
+    inference = Inference(mode="slide", crop_size=(4, 4), stride=(4, 3))
+    found = inference(network, noise(4, 9))[0, 0, 0]
+    # Windows at 0, 3 and, shifted back from 6, 5.
+    assert found.tolist() == [1, 1, 1, 1.5, 2, 2.5, 2.5, 3, 3]
+    assert network.sizes == [(4, 4)] * 3
+
+
+def test_windows_larger_than_the_image_see_it_whole(isanet):
+    image = noise(33, 50)
+    whole = Inference()(isanet, image)
+    for crop in ((33, 50), (64, 64), (33, 200)):
+        assert torch.equal(Inference(mode="slide", crop_size=crop)(isanet, image), whole)
+
+
+def test_stride_is_two_thirds_of_the_window_by_default():
+    assert Inference(mode="slide", crop_size=(769, 513)).steps == (512, 342)
+    assert Inference(mode="slide", crop_size=(1, 2)).steps == (1, 1)
+
+
+def test_a_batch_gives_what_its_images_give(isanet):
+    images = noise(40, 56, count=3)
+    inference = Inference(mode="slide", crop_size=(24, 24), scales=[1, 1.5], flip=True)
+    with torch.no_grad():
+        alone = torch.cat([inference(isanet, image[None]) for image in images])
+        assert torch.allclose(inference(isanet, images), alone, atol=1e-4)
+
+
+# Whole
+
+
+def test_whole_is_the_network_itself(isanet):
+    image = noise(37, 51)
+    assert torch.equal(Inference()(isanet, image), isanet(isanet.normalise(image))["out"])
+
+
+@pytest.mark.parametrize(("size", "padded"), [((37, 51), (40, 56)), ((40, 56), (40, 56))])
+def test_padding_with_the_mean_is_cropped_again(size, padded):
+    network, image = Pointwise(), noise(*size)
+    found = Inference(pad_multiple=8)(network, image)
+    assert network.sizes == [padded]
+    assert torch.equal(found, Inference()(Pointwise(), image))
+
+
+def test_padding_is_on_the_right_and_at_the_bottom(isanet):
+    image = noise(37, 51)
+    x = isanet.normalise(image)
+    wide = torch.zeros(1, 3, 40, 56)
+    wide[:, :, :37, :51] = x
+    expected = isanet(wide)["out"][:, :, :37, :51]
+    assert torch.allclose(Inference(pad_multiple=8)(isanet, image), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_base_size_scales_the_image_and_scales_the_scores_back(align_corners):
+    network, image = Pointwise(), noise(30, 90)
+    network.align_corners = align_corners
+    found = Inference(base_size=(400, 101))(network, image)
+    assert network.sizes == [(101, 303)]
+    x = F.interpolate(network.normalise(image), (101, 303), mode="bilinear")
+    expected = F.interpolate(
+        F.conv2d(x, network.weight), (30, 90), mode="bilinear", align_corners=align_corners
+    )
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+# Averages
+
+
+def test_scales_and_flip_average_probabilities(isanet):
+    image = noise(40, 56)
+    views = []
+    for factor, mirror in itertools.product((0.5, 1.0, 1.75), (False, True)):
+        x = isanet.normalise(image)
+        size = [int(s * factor + 0.5) for s in (40, 56)]
+        x = F.interpolate(x, size, mode="bilinear") if factor != 1 else x
+        logits = isanet(x.flip(-1) if mirror else x)["out"]
+        logits = logits.flip(-1) if mirror else logits
+        logits = F.interpolate(logits, (40, 56), mode="bilinear") if factor != 1 else logits
+        views.append(logits.softmax(1))
+    found = Inference(scales=[0.5, 1.0, 1.75], flip=True)(isanet, image)
+    assert torch.allclose(found.exp(), torch.stack(views).mean(0), atol=1e-5)
+    assert torch.allclose(found.exp().sum(1), torch.ones(1, 40, 56), atol=1e-4)
+
+
+def test_flip_exchanges_left_and_right_classes():
+    class Sided(Pointwise):
+        """Says 1 in its input's left half, 2 in the right one, as a network of arms would."""
+
+        def __call__(self, x):
+            out = torch.zeros(len(x), 4, *x.shape[2:])
+            out[:, 1, :, : x.shape[3] // 2] = 9.0
+            out[:, 2, :, x.shape[3] // 2 :] = 9.0
+            return {"out": out}
+
+    image = noise(4, 8)
+    plain = Inference()(Sided(), image).argmax(1)
+    # In the mirror the left arm is on the right, and the network calls it a right one: sure of it.
+    sided = Inference(flip=True, mirrored_classes=[(1, 2)])(Sided(), image)
+    assert torch.equal(sided.argmax(1), plain)
+    assert sided.exp().max() > 0.99
+    unsure = Inference(flip=True)(Sided(), image)
+    assert unsure.exp().max() < 0.51
+
+
+def test_a_single_scale_other_than_one_stays_logits(isanet):
+    found = Inference(scales=[0.5])(isanet, noise(40, 56))
+    assert (found > 0).any()
+
+
+def test_impossible_probabilities_are_no_infinite_loss():
+    class Certain(Pointwise):
+        def __call__(self, x):
+            out = torch.full((len(x), 2, *x.shape[2:]), -1e4)
+            out[:, 0] = 1e4
+            return {"out": out}
+
+    assert Inference(flip=True)(Certain(), noise(4, 4)).isfinite().all()
+
+
+# Wrong arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "tiles"}, "inference.mode is one of .*'tiles'"),
+        ({"mode": "slide"}, "slide needs inference.crop_size"),
+        ({"mode": "slide", "crop_size": (0, 4)}, r"crop_size must be two positive.*\(0, 4\)"),
+        ({"base_size": (4, -1)}, r"base_size must be two positive.*\(4, -1\)"),
+        ({"mode": "slide", "crop_size": (4, 4), "stride": (5, 1)}, r"\(5, 1\) is larger than"),
+        ({"scales": []}, r"scales and pad_multiple must be positive, got \[\]"),
+        ({"scales": [1, 0]}, r"must be positive, got \[1, 0\]"),
+        ({"pad_multiple": 0}, "must be positive.*0"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Inference(**arguments)
