@@ -10,6 +10,7 @@ from conftest import fails_naming, make_camvid, make_folder, make_scene, truncat
 from PIL import Image
 
 from isanet_pl.data import CamVid, SegmentationFolder
+from isanet_pl.data.cache import DecodedCache
 from isanet_pl.data.colours import Jitter, distort
 from isanet_pl.data.dataset import ImageDataset, code_table, default_palette
 from isanet_pl.data.files import INVALID
@@ -181,6 +182,13 @@ def test_cache_keeps_label_maps_apart(folder, tmp_path):
     swap = {0: 1, 1: 0, 2: 2}
     second = make_data(folder, "validate", cache=cache, label_map=swap)._datasets["val"][0]["mask"]
     assert torch.equal(second == 1, first == 0)
+
+
+def test_space_is_needed_for_all_splits_together(folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(DecodedCache, "check_space", lambda self, pairs: asked.append(len(pairs)))
+    make_data(folder, "fit", cache=str(tmp_path / "cache"))
+    assert asked == [6]
 
 
 def test_cache_that_cannot_be_written_is_refused_before_training(folder, tmp_path):

@@ -122,10 +122,10 @@ class DecodedCache:
         except FileNotFoundError:
             return None
         except (OSError, RuntimeError, struct.error) as error:
-            log.info("made again, as it cannot be read: %s (%s)", path, error)
+            log.debug("made again, as it cannot be read: %s (%s)", path, error)
             return None
         if magic != MAGIC or seen != source or len(content) != HEADER + 4 * height * width:
-            log.info("made again, as it is incomplete or its sources have changed: %s", path)
+            log.debug("made again, as it is incomplete or its sources have changed: %s", path)
             return None
         pixels = content[HEADER:]
         # Once in a process, since it reads all of the file, and again if the file was replaced.

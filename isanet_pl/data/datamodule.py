@@ -47,7 +47,8 @@ class SegmentationDataModule(pl.LightningDataModule):
         eval_batch_size: Validation and test images per step; above 1 all must have one size.
         predict_dir: Folder of images for `predict`, searched with its sub-folders.
         cache: Folder for decoded images and masks (4 bytes a pixel): each file is decoded once, and
-            crops then read their own rows only. Runs may share it. null: decode every time.
+            crops then read their own rows only. Runs may share it. Best on a local SSD, or where
+            all of it fits into memory. null: decode every time.
     """
 
     class_names: Sequence[str]
@@ -128,9 +129,8 @@ class SegmentationDataModule(pl.LightningDataModule):
         check_pairs(dataset)
         if self.cache is not None:
             # Masks are kept as classes, so what maps them belongs to the key.
-            key = table.tobytes() + self.read_codes.__qualname__.encode()
-            dataset.cache = DecodedCache(Path(self.cache), key)
-            dataset.cache.check_space(dataset.pairs)
+            reader = f"{self.read_codes.__module__}.{self.read_codes.__qualname__}"
+            dataset.cache = DecodedCache(Path(self.cache), table.tobytes() + reader.encode())
         return dataset
 
     @property
@@ -158,6 +158,7 @@ class SegmentationDataModule(pl.LightningDataModule):
         for split in splits.get(stage, ()):
             if split not in self._datasets:
                 self._datasets[split] = self.build_dataset(split)
+        self._check_space([self._datasets[split] for split in splits.get(stage, ())])
         if stage == "fit":
             train = self._datasets["train"]
             assert isinstance(train, Sized)
@@ -170,6 +171,12 @@ class SegmentationDataModule(pl.LightningDataModule):
             if self.predict_dir is None:
                 raise InputError("predict needs a folder of images: --data.predict_dir DIR")
             self._datasets["predict"] = ImageDataset(Path(self.predict_dir))
+
+    def _check_space(self, datasets: Sequence[Dataset[Sample]]) -> None:
+        """Makes sure that the cache can take the samples of all the splits together."""
+        cached = [d for d in datasets if isinstance(d, PairDataset) and d.cache is not None]
+        if cached and cached[0].cache is not None:
+            cached[0].cache.check_space([pair for d in cached for pair in d.pairs])
 
     def _loader(self, name: str, batch_size: int, train: bool = False) -> DataLoader[Sample]:
         return DataLoader(
