@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: progress, table, pictures, predictions."""
+"""What a run shows and leaves behind: progress, table, pictures."""
 
 import json
 import math
@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from isanet_pl.pictures import draw_panels, overlay
+from isanet_pl.pictures import draw_panels
 
 
 class Progress(pl.Callback):
@@ -239,47 +237,3 @@ class PredictionPanels(pl.Callback):
         folder.mkdir(parents=True, exist_ok=True)
         figure = draw_panels(rows, pl_module.class_names, pl_module.palette)  # type: ignore[arg-type]
         figure.savefig(folder / f"{stage}_step={pl_module.trained_steps:06d}.png")
-
-
-class PredictionWriter(pl.Callback):
-    """Writes each image's prediction as an index mask and as an overlay, at the image's own size.
-
-    Args:
-        output: Folder for `masks/NAME.png` (palette PNG of class indices) and `overlays/NAME.png`;
-            None: `predictions` in the run folder.
-    """
-
-    def __init__(self, output: str | None = None) -> None:
-        self.output = output
-
-    def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Writes the batch."""
-        palette: Any = pl_module.palette
-        for image, classes, name in zip(batch["image"], outputs, batch["name"], strict=True):
-            mask = Image.fromarray(classes.cpu().numpy().astype(np.uint8))
-            mask.putpalette([value for colour in palette for value in colour])
-            self._save(mask, trainer, "masks", name)
-            picture = Image.fromarray(overlay(image, classes, palette))
-            self._save(picture, trainer, "overlays", name)
-
-    def _save(self, picture: Image.Image, trainer: pl.Trainer, kind: str, name: str) -> None:
-        path = self.folder(trainer) / kind / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-
-    def folder(self, trainer: pl.Trainer) -> Path:
-        """Returns the folder that predictions go to."""
-        return Path(self.output or Path(trainer.log_dir or ".") / "predictions")
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says where the predictions are."""
-        if trainer.is_global_zero:
-            print(f"predictions written to {self.folder(trainer)}")

@@ -1,8 +1,9 @@
 """The command line: `isanet-pl {fit,validate,test,predict}`, a LightningCLI."""
 
+import json
 import logging
+import sys
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +13,12 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from isanet_pl.callbacks import PredictionPanels, PredictionWriter, Progress, ResultTable
+from isanet_pl.callbacks import PredictionPanels, Progress, ResultTable
+from isanet_pl.checkpoints import check_file, config_of
 from isanet_pl.data import SegmentationDataModule
 from isanet_pl.errors import InputError
 from isanet_pl.module import SegmentationModule
+from isanet_pl.predictions import PredictionWriter
 
 
 def new_run_folder(runs_dir: str, name: str) -> Path:
@@ -83,6 +86,7 @@ class SegmentationCLI(LightningCLI):
             help="Folder that predict writes to; null: predictions in the run folder.",
         )
         parser.link_arguments("output", "predictions.output")
+        parser.link_arguments("output", "data.init_args.predict_output")
         # A user never types a class count: what the data is, the network learns from the data.
         parser.link_arguments(
             "data.num_classes", "model.network.num_classes", apply_on="instantiate"
@@ -91,6 +95,36 @@ class SegmentationCLI(LightningCLI):
         parser.link_arguments("data.palette", "model.palette", apply_on="instantiate")
         for name in ("base_size", "mirrored_classes"):
             parser.link_arguments(f"data.{name}", f"model.inference.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses the arguments; a checkpoint without a config is its own config.
+
+        Raises:
+            InputError: The file is no checkpoint.
+        """
+        given = sys.argv[1:] if args is None else args
+        if isinstance(given, list) and given and given[0] in ("validate", "test", "predict"):
+            given = self._with_config_of_checkpoint(given)
+        self.config = (
+            parser.parse_args(given) if isinstance(given, list) else parser.parse_object(given)
+        )
+
+    @staticmethod
+    def _with_config_of_checkpoint(args: list[str]) -> list[str]:
+        """Returns the arguments, with the checkpoint's config in front if they name no config."""
+        options = [part.split("=", 1)[0] for part in args]
+        if "--config" in options or "-c" in options or "--ckpt_path" not in options:
+            return args
+        at = options.index("--ckpt_path")
+        path = args[at].split("=", 1)[1] if "=" in args[at] else "".join(args[at + 1 : at + 2])
+        config = config_of(path)
+        if args[0] == "predict" and "--data" not in options:
+            return [args[0], "--config", json.dumps(config), *args[1:]]
+        # The user's data set knows its classes; images come to the size that was trained for.
+        base_size = config.pop("data")["init_args"].get("base_size")
+        if base_size and "--data" in options and "--data.base_size" not in options:
+            args = [*args, f"--data.base_size={base_size}"]
+        return [args[0], "--config", json.dumps(config), *args[1:]]
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the config alone.
@@ -114,10 +148,8 @@ class SegmentationCLI(LightningCLI):
         if checkpoint is None:
             if self.subcommand != "fit":
                 raise InputError(f"{self.subcommand} needs trained weights: --ckpt_path FILE")
-        elif not Path(checkpoint).is_file():
-            raise InputError(f"checkpoint not found: --ckpt_path {checkpoint}")
-        elif not zipfile.is_zipfile(checkpoint):
-            raise InputError(f"{checkpoint} is not a checkpoint, or is truncated")
+        else:
+            check_file(checkpoint)
         network = config.model.network
         wanted = network.weights_path, network.pretrained
         if checkpoint is not None:
@@ -142,8 +174,8 @@ class SegmentationCLI(LightningCLI):
     def _loggers(self, config: Any) -> list[Logger]:
         name = config.name
         if name is None:
-            files = config.config or []
-            name = Path(str(files[0])).stem if files else "unnamed"
+            files = [str(file) for file in config.config or [] if file is not None]
+            name = Path([*files, config.ckpt_path or "unnamed"][0]).stem
             config.name = name
         # Only the first process writes, so only it may claim a folder.
         first = getattr(rank_zero_only, "rank", 0) == 0
@@ -174,6 +206,9 @@ class SegmentationCLI(LightningCLI):
     def before_predict(self) -> None:
         """Keeps Lightning from gathering all predictions in memory; they are written one by one."""
         self.config_init["predict"]["return_predictions"] = False
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PredictionWriter):
+                callback.checkpoint = Path(self.config_init["predict"]["ckpt_path"])
 
 
 def main(args: ArgsType = None, run: bool = True) -> SegmentationCLI:
@@ -225,6 +260,8 @@ def _configure_messages() -> None:
         "Precision .* is not supported by the model summary",
         # Of no use: we log by step, and short runs are short on purpose.
         "The number of training batches .* is smaller than the logging interval",
+        # `predict` has nothing left to do, and says so itself.
+        "Total length of `DataLoader` across ranks is zero",
         # A run in a new folder continues from a checkpoint in another: intended.
         "The dirpath has changed from",
     ):

@@ -111,6 +111,7 @@ class SegmentationModule(pl.LightningModule):
         self.reference_batch_size = reference_batch_size
         self.scale_lr = scale_lr
         self.inference = inference
+        self.predict_probabilities = False
         self.loaded_step = 0
         self.metrics = nn.ModuleDict(
             {
@@ -184,9 +185,19 @@ class SegmentationModule(pl.LightningModule):
         """Returns the class map (N, H, W) of a batch and adds it to the metric."""
         return self._evaluate(batch, "test")
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Returns the class map (N, H, W) of a batch."""
-        return self._infer(batch["image"])["out"].argmax(dim=1)
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Returns `classes` (N, H, W) of a batch, and, if they are wanted, `probabilities`.
+
+        The probabilities, (N, K, H, W) float16, are wanted where `predict_probabilities` is set. A
+        batch without images, whose file could not be read, gives nothing.
+        """
+        if "image" not in batch:
+            return {}
+        scores = self._infer(batch["image"])["out"]
+        result = {"classes": scores.argmax(dim=1)}
+        if self.predict_probabilities:
+            result["probabilities"] = scores.float().softmax(dim=1).half()
+        return result
 
     def _evaluate(self, batch: Mapping[str, Any], stage: Literal["val", "test"]) -> Tensor:
         _, logits = self._step(batch, stage)
@@ -304,7 +315,7 @@ class SegmentationModule(pl.LightningModule):
         differences = [
             f"model.network.{key}: checkpoint {network[key]}, config {value}"
             for key, value in self.network.arguments.items()
-            if key in network
+            if network.get(key) is not None  # left to its default, which follows from the others
             and key not in TRAINING_ONLY
             and json.dumps(network[key]) != json.dumps(value)
         ]

@@ -169,7 +169,7 @@ def test_evaluation_uses_the_inference_settings_and_training_does_not(tmp_path):
     module.eval()
     with torch.no_grad():
         expected = inference(module.network, batch["image"]).argmax(1)
-        assert torch.equal(module.predict_step(batch, 0), expected)
+        assert torch.equal(module.predict_step(batch, 0)["classes"], expected)
 
 
 def test_checkpoint_keeps_the_inference_settings(tmp_path):

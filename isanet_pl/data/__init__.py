@@ -6,6 +6,7 @@ from isanet_pl.data.cityscapes import Cityscapes
 from isanet_pl.data.coco_stuff import COCOStuff10k, COCOStuff164k
 from isanet_pl.data.datamodule import SegmentationDataModule
 from isanet_pl.data.folder import SegmentationFolder
+from isanet_pl.data.images import Images
 from isanet_pl.data.lip import LIP
 from isanet_pl.data.pascal_context import PascalContext
 from isanet_pl.data.synthetic import Synthetic
@@ -19,6 +20,7 @@ __all__ = [
     "COCOStuff164k",
     "CamVid",
     "Cityscapes",
+    "Images",
     "PascalContext",
     "SegmentationDataModule",
     "SegmentationFolder",

@@ -1,5 +1,6 @@
 """The base of every data set: pairs to samples to loaders."""
 
+import logging
 import os
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
@@ -20,9 +21,11 @@ from isanet_pl.data.dataset import (
     code_table,
     collate,
 )
-from isanet_pl.data.files import Codes, Pair, read_mask
+from isanet_pl.data.files import MAX_PIXELS, Codes, Pair, read_mask
 from isanet_pl.data.transforms import TrainTransform
 from isanet_pl.errors import InputError
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "val", "test"]
 
@@ -46,6 +49,10 @@ class SegmentationDataModule(pl.LightningDataModule):
         num_workers: Loader processes; None: one for each core, at most 8.
         eval_batch_size: Validation and test images per step; above 1 all must have one size.
         predict_dir: Folder of images for `predict`, searched with its sub-folders.
+        predict_output: Folder that predictions are written to; images that have a mask there are
+            left out. The command line takes it from --output.
+        max_pixels: Larger images are refused by `predict`; the default is Pillow's limit against
+            files that unpack to more than the memory holds.
         cache: Folder for decoded images and masks (4 bytes a pixel): each file is decoded once, and
             crops then read their own rows only. Runs may share it. Best on a local SSD, or where
             all of it fits into memory. null: decode every time.
@@ -81,6 +88,8 @@ class SegmentationDataModule(pl.LightningDataModule):
         num_workers: int | None = None,
         eval_batch_size: int = 1,
         predict_dir: str | None = None,
+        predict_output: str | None = None,
+        max_pixels: int = MAX_PIXELS,
         cache: str | None = None,
     ) -> None:
         super().__init__()
@@ -93,6 +102,8 @@ class SegmentationDataModule(pl.LightningDataModule):
             min(8, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
         )
         self.predict_dir = predict_dir
+        self.predict_output = predict_output
+        self.max_pixels = max_pixels
         self.base_size = base_size
         self.train_transform = TrainTransform(
             crop_size, scale_range, base_size, cat_max_ratio, flip, self.mirrored_classes
@@ -170,7 +181,24 @@ class SegmentationDataModule(pl.LightningDataModule):
         if stage == "predict":
             if self.predict_dir is None:
                 raise InputError("predict needs a folder of images: --data.predict_dir DIR")
-            self._datasets["predict"] = ImageDataset(Path(self.predict_dir))
+            images = ImageDataset(Path(self.predict_dir), self._is_predicted, self.max_pixels)
+            if not len(images):
+                log.info(
+                    "every image of %s has its mask in %s", self.predict_dir, self.predict_output
+                )
+            self._datasets["predict"] = images
+
+    def _is_predicted(self, name: str) -> bool:
+        output = self.predict_output
+        return output is not None and (Path(output) / "masks" / f"{name}.png").is_file()
+
+    def mask_codes(self) -> list[int]:
+        """Returns the code that each class has in the data set's own mask files."""
+        codes = list(range(self.num_classes))
+        if self.label_map is not None:
+            first = {index: code for code, index in reversed(self.label_map.items())}
+            codes = [first[index] for index in codes]
+        return [code + 1 for code in codes] if self.reduce_zero_label else codes
 
     def _check_space(self, datasets: Sequence[Dataset[Sample]]) -> None:
         """Makes sure that the cache can take the samples of all the splits together."""
@@ -192,7 +220,7 @@ class SegmentationDataModule(pl.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Returns the batch with the colours of training images distorted, on its device."""
-        for image, jitter in zip(batch["image"], batch.pop("jitter", ()), strict=False):
+        for image, jitter in zip(batch.get("image", ()), batch.pop("jitter", ()), strict=False):
             image.copy_(distort(image, jitter))
         return batch
 

@@ -16,6 +16,7 @@ from isanet_pl.data.files import (
     IMAGE_SUFFIXES,
     INVALID,
     MASK_SUFFIXES,
+    MAX_PIXELS,
     Codes,
     Pair,
     displayed_size,
@@ -37,25 +38,29 @@ class Sample(TypedDict, total=False):
     image: Tensor  # uint8 (3, H, W) RGB
     mask: Tensor  # uint8 (H, W), classes 0..K-1, 255 = ignore
     name: str  # the file, for messages and for naming results
+    error: str  # why there is no image; prediction samples only
     jitter: Jitter  # how the device is to change the colours; training samples only
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     """Returns a batch: image uint8 (N, 3, H, W) channels_last, mask (N, H, W), lists of the rest.
 
+    The samples must be of one kind: with masks or without, with images or without.
+
     Raises:
         InputError: The images have several sizes.
     """
-    sizes = {tuple(sample["image"].shape[1:]) for sample in samples}
+    batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}  # type: ignore[literal-required]
+    sizes = {tuple(image.shape[1:]) for image in batch.get("image", ())}
     if len(sizes) > 1:
         raise InputError(
             f"images of several sizes ({', '.join(f'{w}x{h}' for h, w in sorted(sizes))}) make no "
             "batch: set --data.eval_batch_size 1"
         )
-    batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}  # type: ignore[literal-required]
-    # Stacked as the files are decoded, colours last, which is a plain copy and what convs want.
-    pixels = default_collate([image.permute(1, 2, 0) for image in batch["image"]])
-    batch["image"] = pixels.permute(0, 3, 1, 2)
+    if "image" in batch:
+        # Stacked as the files are decoded, colours last: a plain copy, and what convs want.
+        pixels = default_collate([image.permute(1, 2, 0) for image in batch["image"]])
+        batch["image"] = pixels.permute(0, 3, 1, 2)
     if "mask" in batch:
         batch["mask"] = default_collate(batch["mask"])
     return batch
@@ -186,26 +191,45 @@ class PairDataset(Dataset[Sample]):
 class ImageDataset(Dataset[Sample]):
     """Samples without masks: every image below a folder, named by its path in it.
 
-    The name leaves the file's ending out, unless two files differ in nothing else.
+    The name leaves the file's ending out, unless two files differ in nothing else. A file that
+    cannot be read gives a sample with `error` and no image.
+
+    Args:
+        folder: The folder.
+        is_done: Whether an image of this name is to be left out.
+        max_pixels: Refuse images of more.
 
     Raises:
         InputError: The folder does not exist or holds no image.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.files = list_files(folder, IMAGE_SUFFIXES, recursive=True)
-        paths = [path.relative_to(folder) for path in self.files]
+    def __init__(
+        self,
+        folder: Path,
+        is_done: Callable[[str], bool] = lambda name: False,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        files = list_files(folder, IMAGE_SUFFIXES, recursive=True)
+        paths = [path.relative_to(folder) for path in files]
         stems = Counter(path.with_suffix("") for path in paths)
-        self.names = [
+        names = [
             str(path.with_suffix("") if stems[path.with_suffix("")] == 1 else path)
             for path in paths
         ]
+        self.files = [
+            (path, name) for path, name in zip(files, names, strict=True) if not is_done(name)
+        ]
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        return {"image": read_image(self.files[index]), "name": self.names[index]}
+        path, name = self.files[index]
+        try:
+            return {"image": read_image(path, self.max_pixels), "name": name}
+        except InputError as error:
+            return {"name": name, "error": str(error)}
 
 
 def check_pairs(dataset: PairDataset, headers: int = 500, samples: int = 8) -> None:

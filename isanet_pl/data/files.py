@@ -2,7 +2,8 @@
 
 import contextlib
 import struct
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ INVALID = 254  # what a lookup table gives for a code that is neither a class no
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
 MASK_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff", ".gif"})
+
+MAX_PIXELS = 2 * 89_478_485
+"""Pixels of an image beyond which it is refused, unless more are allowed; Pillow's own limit."""
 
 Pair = tuple[Path, Path]
 Codes = npt.NDArray[np.int64] | npt.NDArray[np.uint8]
@@ -74,22 +78,44 @@ def _few(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Returns the opened file, pixels not yet decoded.
 
+    Args:
+        path: The file.
+        max_pixels: Refuse an image of more.
+
     Raises:
-        InputError: The file is missing, empty or no image.
+        InputError: The file is missing, empty, no image, or too large.
     """
     try:
-        return Image.open(path)
+        with _pixel_limit(max_pixels):
+            return Image.open(path)
     except FileNotFoundError as error:
         raise InputError(f"file not found: {path}") from error
     except Image.DecompressionBombError as error:
-        raise InputError(f"cannot read {path}: {error}; cut it into tiles") from error
+        raise InputError(
+            f"cannot read {path}: it has more than {max_pixels} pixels; cut it into tiles (predict "
+            "takes --data.max_pixels, where memory allows)"
+        ) from error
     except (OSError, ValueError) as error:
         empty = path.stat().st_size == 0
         reason = "the file is empty" if empty else "it is no image, or is damaged"
         raise InputError(f"cannot read {path}: {reason}; restore or remove it") from error
+
+
+@contextlib.contextmanager
+def _pixel_limit(max_pixels: int) -> Iterator[None]:
+    """Sets Pillow's guard against files that unpack to more than the memory can hold."""
+    before = Image.MAX_IMAGE_PIXELS
+    # Pillow warns beyond its limit, and refuses beyond twice as much.
+    Image.MAX_IMAGE_PIXELS = max(1, max_pixels // 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def displayed_size(path: Path) -> tuple[int, int]:
@@ -109,16 +135,20 @@ def displayed_size(path: Path) -> tuple[int, int]:
     return (width, height) if sideways else (height, width)
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Returns the RGB image as uint8 (3, H, W), whatever the file's colour mode.
 
     An EXIF orientation is applied: viewers and labelling tools show the image that way up, so its
     mask was drawn for it.
 
+    Args:
+        path: The file.
+        max_pixels: Refuse an image of more.
+
     Raises:
-        InputError: The file cannot be read, or is truncated.
+        InputError: The file cannot be read, is truncated, or too large.
     """
-    with open_image(path) as image:
+    with open_image(path, max_pixels) as image:
         _decode(image, path)
         if image.mode.startswith("I"):  # 16 bits: keep the upper eight, convert() would clip
             grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)

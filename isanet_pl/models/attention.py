@@ -19,6 +19,7 @@ Parameter names are those of the authors' code (openseg.pytorch, lib/models/modu
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -28,12 +29,19 @@ from torch import Tensor, nn
 AttentionOrder = Literal["long_short", "short_long", "long", "short"]
 
 
-def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int = 1) -> nn.Sequential:
-    """Returns conv (same padding, no bias), BatchNorm, ReLU, numbered 0, 1, 2."""
+def activation(negative_slope: float) -> nn.Module:
+    """Returns ReLU, or leaky ReLU if the slope below zero is not 0."""
+    return nn.LeakyReLU(negative_slope, inplace=True) if negative_slope else nn.ReLU(inplace=True)
+
+
+def conv_bn_relu(
+    in_channels: int, out_channels: int, kernel_size: int = 1, negative_slope: float = 0.0
+) -> nn.Sequential:
+    """Returns conv (same padding, no bias), BatchNorm, (leaky) ReLU, numbered 0, 1, 2."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
         nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
+        activation(negative_slope),
     )
 
 
@@ -116,6 +124,7 @@ class SelfAttentionBlock2D(nn.Module):
         value_channels: Channels of the value, C_v.
         out_channels: Channels of the output; `in_channels` if None.
         value_bias: Give the value conv a bias (mmsegmentation has one, the authors do not).
+        negative_slope: Of the activations below zero; 0 is ReLU, the authors' InPlaceABN has 0.01.
     """
 
     def __init__(
@@ -125,18 +134,20 @@ class SelfAttentionBlock2D(nn.Module):
         value_channels: int,
         out_channels: int | None = None,
         value_bias: bool = False,
+        negative_slope: float = 0.0,
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
+        conv = partial(conv_bn_relu, negative_slope=negative_slope)
         # One flat Sequential each, so that convs are 0 and 3, BatchNorms 1 and 4.
         self.f_key = nn.Sequential(
-            *conv_bn_relu(in_channels, key_channels), *conv_bn_relu(key_channels, key_channels)
+            *conv(in_channels, key_channels), *conv(key_channels, key_channels)
         )
         self.f_query = nn.Sequential(
-            *conv_bn_relu(in_channels, key_channels), *conv_bn_relu(key_channels, key_channels)
+            *conv(in_channels, key_channels), *conv(key_channels, key_channels)
         )
         self.f_value = nn.Conv2d(in_channels, value_channels, 1, bias=value_bias)
-        self.W = conv_bn_relu(value_channels, out_channels)
+        self.W = conv(value_channels, out_channels)
 
     def forward(
         self,
@@ -194,6 +205,7 @@ class ISABlock(nn.Module):
         order: The two stages, the other way round, or one alone (ablations).
         mask_padding: Keep padded positions from being attended to. The reference does not. They
             take part in BatchNorm's training statistics either way.
+        negative_slope: Of the activations below zero.
     """
 
     def __init__(
@@ -206,6 +218,7 @@ class ISABlock(nn.Module):
         value_bias: bool = False,
         order: AttentionOrder = "long_short",
         mask_padding: bool = False,
+        negative_slope: float = 0.0,
     ) -> None:
         super().__init__()
         if len(down_factor) != 2 or not all(isinstance(d, int) and d >= 1 for d in down_factor):
@@ -218,7 +231,7 @@ class ISABlock(nn.Module):
         for i, name in enumerate(self.ranges):
             channels = in_channels if i == 0 else out_channels
             block = SelfAttentionBlock2D(
-                channels, key_channels, value_channels, out_channels, value_bias
+                channels, key_channels, value_channels, out_channels, value_bias, negative_slope
             )
             self.add_module(f"{name}_range_sa", block)
 
@@ -259,6 +272,7 @@ class ISAModule(nn.Module):
         context_first: Concatenate [contexts, input] (mmsegmentation) instead of [input, contexts].
         order: See `ISABlock`.
         mask_padding: See `ISABlock`.
+        negative_slope: Of the activations below zero.
     """
 
     def __init__(
@@ -273,6 +287,7 @@ class ISAModule(nn.Module):
         context_first: bool = False,
         order: AttentionOrder = "long_short",
         mask_padding: bool = False,
+        negative_slope: float = 0.0,
     ) -> None:
         super().__init__()
         if not down_factors:
@@ -288,13 +303,15 @@ class ISAModule(nn.Module):
                 value_bias,
                 order,
                 mask_padding,
+                negative_slope,
             )
             for down_factor in down_factors
         )
         context_channels = len(down_factors) * out_channels
         input_channels = in_channels if len(down_factors) == 1 else context_channels
-        self.up_conv = conv_bn_relu(in_channels, input_channels) if len(down_factors) > 1 else None
-        self.conv_bn = conv_bn_relu(input_channels + context_channels, out_channels)
+        conv = partial(conv_bn_relu, negative_slope=negative_slope)
+        self.up_conv = conv(in_channels, input_channels) if len(down_factors) > 1 else None
+        self.conv_bn = conv(input_channels + context_channels, out_channels)
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

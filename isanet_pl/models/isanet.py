@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from isanet_pl.models.attention import AttentionOrder, ISAModule, conv_bn_relu
+from isanet_pl.inference import Inference
+from isanet_pl.models.attention import AttentionOrder, ISAModule, activation, conv_bn_relu
 from isanet_pl.models.backbone import Backbone
 
 Form = Literal["direct", "reduced"]
@@ -59,11 +60,14 @@ class ISANet(nn.Module):
         context_first: Concatenate [context, input], as mmsegmentation does, instead of
             [input, context], as the authors do; None: if reduced.
         ceil_mode: Round the max-pool's size up (the authors' backbone).
+        negative_slope: Of the head's activations below zero; 0 is ReLU. The authors' models with
+            InPlaceABN have 0.01.
         mean: RGB mean that `normalise` subtracts, in 0..255.
         std: RGB standard deviation that `normalise` divides by, in 0..255.
 
     Attributes:
         arguments: What the network was built with, no default left open; a checkpoint keeps it.
+        inference: How `predict` sees an image; whole, unless the checkpoint says otherwise.
 
     Raises:
         ValueError: An argument is out of its range, or a weights file does not fit.
@@ -97,6 +101,7 @@ class ISANet(nn.Module):
         value_bias: bool | None = None,
         context_first: bool | None = None,
         ceil_mode: bool = False,
+        negative_slope: float = 0.0,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
@@ -123,6 +128,7 @@ class ISANet(nn.Module):
             "context_first": context_first,
         }
         self.arguments = arguments
+        self.inference = Inference()
         self.form = form
         self.align_corners = align_corners
         self.classify_before_upsampling = reduced or classify_before_upsampling
@@ -133,7 +139,7 @@ class ISANet(nn.Module):
         before_channels, channels = self.backbone.channels
         self.reduce: nn.Module = nn.Identity()
         if reduced:
-            self.reduce = conv_bn_relu(channels, out_channels, kernel_size=3)
+            self.reduce = conv_bn_relu(channels, out_channels, 3, negative_slope)
             channels = out_channels
         self.context: nn.Module
         if context == "isa":
@@ -148,10 +154,11 @@ class ISANet(nn.Module):
                 context_first=context_first,
                 order=order,
                 mask_padding=mask_padding,
+                negative_slope=negative_slope,
             )
         else:
             self.context = nn.Sequential(
-                conv_bn_relu(channels, out_channels), nn.Dropout2d(dropout)
+                conv_bn_relu(channels, out_channels, 1, negative_slope), nn.Dropout2d(dropout)
             )
         self.project: nn.Module = nn.Identity()
         if reduced:
@@ -161,13 +168,13 @@ class ISANet(nn.Module):
             self.project = nn.Sequential(
                 nn.Conv2d(out_channels, out_channels, 3, padding=1),
                 nn.BatchNorm2d(out_channels),
-                nn.ReLU(inplace=True),
+                activation(negative_slope),
             )
             self.classifier = nn.Conv2d(out_channels, num_classes, 3, padding=1)
         self.aux_head: nn.Sequential | None = None
         if aux_head:
             self.aux_head = nn.Sequential(
-                *conv_bn_relu(before_channels, aux_channels, kernel_size=3),
+                *conv_bn_relu(before_channels, aux_channels, 3, negative_slope),
                 nn.Dropout2d(dropout),
                 nn.Conv2d(aux_channels, num_classes, 1),
             )
@@ -219,7 +226,8 @@ class ISANet(nn.Module):
         """Returns the class map (H, W) of one image, uint8, on the CPU. Sets eval mode.
 
         Args:
-            image: A PIL image in any mode, or a uint8 (3, H, W) RGB tensor.
+            image: A PIL image in any mode, or a uint8 (3, H, W) RGB tensor. Its pixels are taken as
+                they are stored: a photograph may need `PIL.ImageOps.exif_transpose` first.
 
         Raises:
             ValueError: The tensor is not uint8 (3, H, W).
@@ -233,8 +241,8 @@ class ISANet(nn.Module):
                 f"got {pixels.dtype} {tuple(pixels.shape)}"
             )
         self.eval()
-        logits: Tensor = self(self.normalise(pixels[None].to(self.mean.device)))["out"]
-        return logits[0].argmax(dim=0).to(torch.uint8).cpu()
+        scores = self.inference(self, pixels[None].to(self.mean.device))
+        return scores[0].argmax(dim=0).to(torch.uint8).cpu()
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "ISANet":
@@ -252,6 +260,7 @@ class ISANet(nn.Module):
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             network_args: dict[str, Any] = checkpoint["hyper_parameters"]["network"]
+            inference = Inference(**checkpoint["hyper_parameters"].get("inference", {}))
             weights: dict[str, Tensor] = checkpoint["state_dict"]
         except Exception as error:
             raise ValueError(f"{path} is not a checkpoint of isanet-pl: {error!r}") from error
@@ -260,4 +269,5 @@ class ISANet(nn.Module):
         network.load_state_dict(
             {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         )
+        network.inference = inference
         return network.eval()

@@ -1,0 +1,215 @@
+"""What `predict` writes: masks, overlays, probabilities and class shares, one image at a time."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from isanet_pl.errors import InputError
+from isanet_pl.pictures import overlay
+
+SHOWN = 20  # errors that are listed at the end
+
+
+class PredictionWriter(pl.Callback):
+    """Writes each image's prediction at the image's own size, under its own name.
+
+    A file is complete as soon as it has its name, and the mask is written last: a run that was
+    stopped goes on with the images that have no mask yet when it is given the same folder again.
+
+    Args:
+        output: Folder for `masks/NAME.png` (palette PNG of class indices), `overlays/NAME.png` and
+            `shares.json` (share of each class in each image); None: `predictions` in the run
+            folder.
+        probabilities: Write `probabilities/NAME.npz` as well: `probabilities`, float16 (K, H, W).
+        server_format: Write masks with the codes of the data set's own files, as the test servers
+            of Cityscapes (label ids) and ADE20K (1..150) take them; give the data set with --data.
+    """
+
+    def __init__(
+        self,
+        output: str | None = None,
+        probabilities: bool = False,
+        server_format: bool = False,
+    ) -> None:
+        self.output = output
+        self.probabilities = probabilities
+        self.server_format = server_format
+        self.checkpoint: Path | None = None
+        """What is loaded; the trainer knows it only later than the folder is claimed."""
+        self.errors: list[str] = []
+        self.written = 0
+        self.start = self.printed = 0.0
+
+    def folder(self, trainer: pl.Trainer) -> Path:
+        """Returns the folder that predictions go to."""
+        return Path(self.output or Path(trainer.log_dir or ".") / "predictions")
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Claims the folder before `predict`.
+
+        Raises:
+            InputError: It holds another model's predictions, or cannot be written.
+        """
+        if stage != "predict":
+            return
+        self.errors, self.written = [], 0
+        self.start = self.printed = time.monotonic()
+        pl_module.predict_probabilities = self.probabilities  # type: ignore[assignment]
+        if not trainer.is_global_zero:
+            return
+        path = self.folder(trainer) / "model.json"
+        model = self._describe(pl_module)
+        try:
+            if path.is_file() and json.loads(path.read_text("utf-8")) != model:
+                raise InputError(
+                    f"{path.parent} holds predictions of another checkpoint or other settings (see "
+                    f"{path.name}): choose another --output, or remove it"
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, lambda file: file.write_text(json.dumps(model, indent=2) + "\n", "utf-8"))
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {path.parent}: {error.strerror}; choose another --output"
+            ) from error
+
+    def _describe(self, pl_module: Any) -> dict[str, Any]:
+        description = {
+            "checkpoint": str(self.checkpoint.resolve()) if self.checkpoint else None,
+            "written": self.checkpoint.stat().st_mtime if self.checkpoint else None,
+            "class_names": pl_module.class_names,
+            "inference": dataclasses.asdict(pl_module.inference),
+            "probabilities": self.probabilities,
+            "server_format": self.server_format,
+        }
+        # As it reads back: lists in place of tuples.
+        read: dict[str, Any] = json.loads(json.dumps(description))
+        return read
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes the batch."""
+        self.errors += batch.get("error", [])
+        for i, classes in enumerate(outputs.get("classes", ())):
+            name = batch["name"][i]
+            colours = overlay(batch["image"][i], classes, pl_module.palette)  # type: ignore[arg-type]
+            self._save(trainer, f"overlays/{name}.png", _png(Image.fromarray(colours)))
+            if self.probabilities:
+                values = outputs["probabilities"][i].cpu().numpy()
+                save = _npz(values)
+                self._save(trainer, f"probabilities/{name}.npz", save)
+            mask = self._mask(trainer, pl_module, classes.cpu().numpy().astype(np.uint8))
+            self._save(trainer, f"masks/{name}.png", _png(mask))
+            self.written += 1
+        self._print_now_and_then(trainer, batch_idx + 1)
+
+    def _mask(
+        self, trainer: pl.Trainer, pl_module: Any, classes: npt.NDArray[np.uint8]
+    ) -> Image.Image:
+        if self.server_format:
+            codes = np.array(trainer.datamodule.mask_codes(), dtype=np.uint8)  # type: ignore[attr-defined]
+            return Image.fromarray(codes[classes])
+        mask = Image.fromarray(classes)
+        mask.putpalette([value for colour in pl_module.palette for value in colour])
+        return mask
+
+    def _save(self, trainer: pl.Trainer, name: str, save: Callable[[Path], Any]) -> None:
+        path = self.folder(trainer) / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, save)
+        except OSError as error:
+            raise InputError(
+                f"cannot write {path}: {error.strerror}; what is written stays, and the same "
+                "command goes on from there"
+            ) from error
+
+    def _print_now_and_then(self, trainer: pl.Trainer, done: int) -> None:
+        """Prints a line every ten seconds where there is no terminal to draw a bar on."""
+        now = time.monotonic()
+        bar = sys.stdout.isatty() or trainer.progress_bar_callback is None
+        if bar or not trainer.is_global_zero or now - self.printed < 10:
+            return
+        self.printed = now
+        total = int(sum(trainer.num_predict_batches))
+        speed = done / (now - self.start)
+        left = (total - done) / speed / 60
+        print(f"image {done}/{total}  {speed:.1f} images/s  {left:.1f} min left", flush=True)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the class shares and says what was done.
+
+        Raises:
+            InputError: Some images could not be read; all others are written.
+        """
+        trainer.strategy.barrier()
+        folder = self.folder(trainer)
+        if trainer.is_global_zero:
+            total = self._write_shares(trainer, pl_module)
+            speed = self.written / max(1e-9, time.monotonic() - self.start)
+            print(f"{self.written} images done ({speed:.1f} images/s), {folder} now holds {total}")
+        if self.errors:
+            more = f"\n  and {len(self.errors) - SHOWN} more" if len(self.errors) > SHOWN else ""
+            raise InputError(
+                f"{len(self.errors)} images could not be segmented, the others are in {folder}:\n  "
+                + "\n  ".join(self.errors[:SHOWN])
+                + more
+            )
+
+    def _write_shares(self, trainer: pl.Trainer, pl_module: Any) -> int:
+        """Writes the share of each class in each mask of the folder; returns how many there are."""
+        folder = self.folder(trainer)
+        names = pl_module.class_names
+        labels = dict(enumerate(names))
+        if self.server_format:
+            codes = trainer.datamodule.mask_codes()  # type: ignore[attr-defined]
+            labels = dict(zip(codes, names, strict=True))
+        shares: dict[str, Mapping[str, float]] = {}
+        for path in sorted((folder / "masks").rglob("*.png")):
+            with Image.open(path) as mask:
+                counts = np.bincount(np.asarray(mask).ravel(), minlength=1)
+            name = path.relative_to(folder / "masks").with_suffix("").as_posix()
+            shares[name] = {
+                labels[int(code)]: round(float(counts[code] / counts.sum()), 6)
+                for code in np.flatnonzero(counts)
+            }
+        text = json.dumps(shares, indent=1, ensure_ascii=False) + "\n"
+        _write(folder / "shares.json", lambda file: file.write_text(text, "utf-8"))
+        return len(shares)
+
+
+def _png(picture: Image.Image) -> Callable[[Path], None]:
+    return lambda path: picture.save(path, format="PNG")
+
+
+def _npz(probabilities: npt.NDArray[np.float16]) -> Callable[[Path], None]:
+    def save(path: Path) -> None:
+        with path.open("wb") as file:  # given a name, numpy would add an ending
+            np.savez_compressed(file, probabilities=probabilities)
+
+    return save
+
+
+def _write(path: Path, save: Callable[[Path], Any]) -> None:
+    """Writes a file that has its name only once it is complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
