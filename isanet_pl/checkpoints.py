@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from isanet_pl.errors import InputError
+from isanet_pl.export import read_metadata
 
 # What the command line takes from the data: it cannot be given as well.
 LINKED_NETWORK = ("num_classes",)
@@ -21,8 +22,21 @@ def check_file(path: str) -> None:
     """
     if not Path(path).is_file():
         raise InputError(f"checkpoint not found: --ckpt_path {path}")
-    if not zipfile.is_zipfile(path):
+    if not is_onnx(path) and not zipfile.is_zipfile(path):
         raise InputError(f"{path} is not a checkpoint, or is truncated")
+
+
+def is_onnx(path: str) -> bool:
+    """Returns whether a file is an exported network, by its name."""
+    return Path(path).suffix == ".onnx"
+
+
+def _describe(path: str) -> dict[str, Any]:
+    if is_onnx(path):
+        return read_metadata(Path(path))
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    description: dict[str, Any] = content["hyper_parameters"]
+    return description
 
 
 def config_of(path: str) -> dict[str, Any]:
@@ -31,23 +45,28 @@ def config_of(path: str) -> dict[str, Any]:
     The classes come as the data set `Images`, which can only predict.
 
     Args:
-        path: A checkpoint of `isanet-pl fit`, or a converted one. Nothing in it is executed.
+        path: A checkpoint of `isanet-pl fit`, or a converted one, or an ONNX file of `isanet-pl
+            export`. Nothing in it is executed.
 
     Raises:
         InputError: The file is no checkpoint of this project.
     """
     check_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        saved = content["hyper_parameters"]
+        saved = _describe(path)
         network = {k: v for k, v in saved["network"].items() if k not in LINKED_NETWORK}
         inference = dict(saved.get("inference", {}))
         classes: dict[str, Any] = {
             "class_names": list(saved["class_names"]),
             "palette": [list(colour) for colour in saved["palette"]],
         }
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{path} is not a checkpoint of isanet-pl: {error!r}") from error
+    if saved.get("size") and inference.get("mode") != "slide":
+        # A file for one size of images sees larger ones by windows.
+        inference |= {"mode": "slide", "crop_size": list(saved["size"]), "stride": None}
     for key in LINKED_INFERENCE:
         value = inference.pop(key, None)
         if value:

@@ -1,4 +1,4 @@
-"""The command line: `isanet-pl {fit,validate,test,predict}`, a LightningCLI."""
+"""The command line: `isanet-pl {fit,validate,test,predict,export}`, a LightningCLI."""
 
 import json
 import logging
@@ -14,11 +14,15 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from isanet_pl.callbacks import PredictionPanels, Progress, ResultTable
-from isanet_pl.checkpoints import check_file, config_of
+from isanet_pl.checkpoints import check_file, config_of, is_onnx
 from isanet_pl.data import SegmentationDataModule
 from isanet_pl.errors import InputError
+from isanet_pl.export import OnnxNetwork, SegmentationTrainer
 from isanet_pl.module import SegmentationModule
 from isanet_pl.predictions import PredictionWriter
+
+TRAINED = ("validate", "test", "predict", "export")
+"""Commands that need trained weights."""
 
 
 def new_run_folder(runs_dir: str, name: str) -> Path:
@@ -103,7 +107,7 @@ class SegmentationCLI(LightningCLI):
             InputError: The file is no checkpoint.
         """
         given = sys.argv[1:] if args is None else args
-        if isinstance(given, list) and given and given[0] in ("validate", "test", "predict"):
+        if isinstance(given, list) and given and given[0] in TRAINED:
             given = self._with_config_of_checkpoint(given)
         self.config = (
             parser.parse_args(given) if isinstance(given, list) else parser.parse_object(given)
@@ -118,7 +122,7 @@ class SegmentationCLI(LightningCLI):
         at = options.index("--ckpt_path")
         path = args[at].split("=", 1)[1] if "=" in args[at] else "".join(args[at + 1 : at + 2])
         config = config_of(path)
-        if args[0] == "predict" and "--data" not in options:
+        if args[0] in ("predict", "export") and "--data" not in options:
             return [args[0], "--config", json.dumps(config), *args[1:]]
         # The user's data set knows its classes; images come to the size that was trained for.
         base_size = config.pop("data")["init_args"].get("base_size")
@@ -165,7 +169,7 @@ class SegmentationCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Returns the trainer, logging to a new run folder unless the config has a logger."""
         config = self.config.get(str(self.subcommand), self.config)
-        if config.trainer.fast_dev_run:
+        if config.trainer.fast_dev_run or self.subcommand == "export":
             kwargs["logger"] = False
         elif config.trainer.logger in (None, True) and self.subcommand is not None:
             kwargs["logger"] = self._loggers(config)
@@ -195,13 +199,27 @@ class SegmentationCLI(LightningCLI):
             )
         return loggers
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Returns the commands, and which of their arguments are no options."""
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+
     def before_validate(self) -> None:
         """Leaves the table at the end to `ResultTable`; Lightning would print its own as well."""
         self.config_init["validate"]["verbose"] = False
+        self._use_exported("validate")
 
     def before_test(self) -> None:
         """Leaves the table at the end to `ResultTable`; Lightning would print its own as well."""
         self.config_init["test"]["verbose"] = False
+        self._use_exported("test")
+
+    def _use_exported(self, command: str) -> None:
+        """Puts an exported network in the place of the module's, if one was given."""
+        path = self.config_init[command]["ckpt_path"]
+        if is_onnx(path):
+            self.model.network = OnnxNetwork(Path(path))
+            self.config_init[command]["ckpt_path"] = None
 
     def before_predict(self) -> None:
         """Keeps Lightning from gathering all predictions in memory; they are written one by one."""
@@ -209,6 +227,7 @@ class SegmentationCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PredictionWriter):
                 callback.checkpoint = Path(self.config_init["predict"]["ckpt_path"])
+        self._use_exported("predict")
 
 
 def main(args: ArgsType = None, run: bool = True) -> SegmentationCLI:
@@ -227,6 +246,7 @@ def main(args: ArgsType = None, run: bool = True) -> SegmentationCLI:
         SegmentationModule,
         SegmentationDataModule,
         args=args,
+        trainer_class=SegmentationTrainer,
         run=run,
         subclass_mode_data=True,
         auto_configure_optimizers=False,

@@ -285,6 +285,15 @@ class SegmentationModule(pl.LightningModule):
         if trainer.is_global_zero:
             log.warning("%s; set %s", found, " or ".join(fixes))
 
+    def description(self) -> dict[str, Any]:
+        """Returns what a file must say of the network to be used without this project's config."""
+        return {
+            "network": {**self.network.arguments, "pretrained": False, "weights_path": None},
+            "inference": dataclasses.asdict(self.inference),
+            "class_names": self.class_names,
+            "palette": [list(colour) for colour in self.palette],
+        }
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Makes the checkpoint complete by itself: it needs no weights file to be rebuilt."""
         saved = dict(checkpoint.get("hyper_parameters", {}))
@@ -292,9 +301,7 @@ class SegmentationModule(pl.LightningModule):
         for name in ("loss", "optimizer"):
             if not isinstance(saved.get(name), Mapping):
                 saved.pop(name, None)
-        saved["inference"] = dataclasses.asdict(self.inference)
-        saved["network"] = {**self.network.arguments, "pretrained": False, "weights_path": None}
-        checkpoint["hyper_parameters"] = saved
+        checkpoint["hyper_parameters"] = saved | self.description()
         checkpoint["pretrained_names"] = sorted(self.network.backbone.loaded)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ Notation in this file: N batch, C channels, H W map, dh dw window, T places, M w
 Parameter names are those of the authors' code (openseg.pytorch, lib/models/modules/isa_block.py).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, get_args
@@ -82,7 +81,7 @@ class TokenGrid:
     def __init__(self, height: int, width: int, window: tuple[int, int]) -> None:
         self.size = (height, width)
         self.window = window
-        self.windows = (math.ceil(height / window[0]), math.ceil(width / window[1]))
+        self.windows = (-(-height // window[0]), -(-width // window[1]))  # rounded up
         pad_h = self.windows[0] * window[0] - height
         pad_w = self.windows[1] * window[1] - width
         self.padding = (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2)

@@ -1,0 +1,370 @@
+"""Trained networks as files for other run-times: ONNX, checked in onnxruntime, and torch.export."""
+
+import json
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from isanet_pl.data.files import IMAGE_SUFFIXES, list_files, read_image
+from isanet_pl.errors import InputError
+from isanet_pl.models import ISANet
+
+METADATA = "isanet_pl"
+TOLERANCE = 1e-4  # of the largest logit
+LARGEST = 8192  # edge of an image, for files that take any size
+NUM_REAL = 3  # images of the user's that results are compared on
+
+Run = Callable[[Tensor], Tensor]
+log = logging.getLogger(__name__)
+
+
+class SegmentationTrainer(pl.Trainer):
+    """Lightning's trainer, which can export as well."""
+
+    def export(
+        self,
+        model: Any,
+        datamodule: Any = None,
+        ckpt_path: str | None = None,
+        path: str = "model.onnx",
+        size: tuple[int, int] = (512, 1024),
+        dynamic: bool = False,
+        normalise: Literal["inside", "outside"] = "inside",
+        images: str | None = None,
+        int8: bool = False,
+        num_calibration: int = 64,
+    ) -> None:
+        """Writes a network, without its auxiliary head, into a file and checks the file.
+
+        Args:
+            model: The module.
+            datamodule: Not used.
+            ckpt_path: The weights.
+            path: File to write: NAME.onnx, or NAME.pt2 for a torch.export archive.
+            size: Height and width of its images. The batch is free in any case.
+            dynamic: Let height and width be free as well, in multiples of stride times window.
+            normalise: `inside`: the file takes uint8 RGB (N, 3, H, W). `outside`: it takes them as
+                float32, minus mean, divided by std.
+            images: Folder of real images to compare results on, and to calibrate int8 with.
+            int8: Quantise to int8 (onnxruntime, static); needs `images`.
+            num_calibration: Images to calibrate with.
+
+        Raises:
+            InputError: The options do not go together, or the file gives other results.
+        """
+        assert ckpt_path is not None
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        network = model.network.float().eval()
+        target = Path(path)
+        multiples = size_multiples(network)
+        _check_options(target, size, dynamic, multiples, images, int8)
+        metadata = {
+            **model.description(),
+            "size": None if dynamic else list(size),
+            "multiples": list(multiples),
+            "normalise": normalise,
+        }
+        program = trace(network, size, dynamic, normalise == "inside")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        real = [] if images is None else _read_images(Path(images), size, num_calibration)
+        if target.suffix == ".onnx":
+            write_onnx(program, target, metadata)
+            if int8:
+                quantise(target, [_input(x, network, normalise) for x in real])
+            run = onnx_runner(target)
+        else:
+            text = json.dumps(metadata)
+            torch.export.save(program, target, extra_files={f"{METADATA}.json": text})
+            run = torch.export.load(target).module()
+        inputs = [torch.randint(256, (2, 3, *size), dtype=torch.uint8), *real[:NUM_REAL]]
+        compare(target, network, run, inputs, normalise, exact=not int8)
+
+
+class Exportable(nn.Module):
+    """Returns the logits (N, K, H, W) of images, as the exported files do."""
+
+    def __init__(self, network: ISANet, normalise: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.normalise = normalise
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Returns logits.
+
+        Args:
+            image: (N, 3, H, W), uint8 RGB, or normalised float.
+        """
+        x = self.network.normalise(image) if self.normalise else image
+        logits: Tensor = self.network(x)["out"]
+        return logits
+
+
+def size_multiples(network: ISANet) -> tuple[int, int]:
+    """Returns what height and width must be multiples of, so that no window needs padding."""
+    stride = network.arguments["output_stride"]
+    factors = network.arguments["down_factors"]
+    return (
+        stride * math.lcm(*(int(dh) for dh, _ in factors)),
+        stride * math.lcm(*(int(dw) for _, dw in factors)),
+    )
+
+
+def _check_options(
+    target: Path,
+    size: Sequence[int],
+    dynamic: bool,
+    multiples: Sequence[int],
+    images: str | None,
+    int8: bool,
+) -> None:
+    if target.suffix not in (".onnx", ".pt2"):
+        raise InputError(f"--path {target}: the name must end in .onnx or .pt2")
+    if min(size) < 1:
+        raise InputError(f"--size must be two positive integers, got {tuple(size)}")
+    if dynamic and any(s % m for s, m in zip(size, multiples, strict=True)):
+        raise InputError(
+            f"--dynamic true takes sizes in multiples of {tuple(multiples)} (stride times window): "
+            f"--size {tuple(size)} is none"
+        )
+    if int8 and (target.suffix != ".onnx" or images is None):
+        raise InputError("--int8 true needs an .onnx file and --images DIR to calibrate with")
+
+
+def trace(network: ISANet, size: Sequence[int], dynamic: bool, normalise: bool) -> ExportedProgram:
+    """Returns the network as a graph.
+
+    Args:
+        network: In eval mode, on the CPU.
+        size: (H, W) of its images.
+        dynamic: Free height and width, in the multiples of `size_multiples`.
+        normalise: Take uint8.
+
+    Raises:
+        InputError: The network cannot be traced with free sizes.
+    """
+    example = torch.zeros(2, 3, *size, dtype=torch.uint8 if normalise else torch.float32)
+    free: dict[int, Any] = {0: Dim("batch", min=1, max=1024)}
+    if dynamic:
+        for axis, (name, step) in enumerate(zip("hw", size_multiples(network), strict=True)):
+            free[2 + axis] = step * Dim(name, min=1, max=LARGEST // step)
+    try:
+        return torch.export.export(
+            Exportable(network, normalise), (example,), dynamic_shapes={"image": free}
+        )
+    except Exception as error:
+        if not dynamic:
+            raise
+        raise InputError(
+            f"this network cannot be exported for any size; use --dynamic false ({error})"
+        ) from error
+
+
+def write_onnx(program: ExportedProgram, target: Path, metadata: Mapping[str, Any]) -> None:
+    """Writes an ONNX file, complete in itself, that says what it is."""
+    _require_onnx()
+    onnx_program = torch.onnx.export(
+        program, input_names=["image"], output_names=["logits"], dynamo=True, verbose=False
+    )
+    assert onnx_program is not None
+    properties = onnx_program.model.metadata_props
+    properties[METADATA] = json.dumps(metadata)
+    properties["classes"] = ", ".join(metadata["class_names"])
+    onnx_program.save(target, external_data=False)
+
+
+def quantise(target: Path, inputs: Sequence[Tensor]) -> None:
+    """Replaces an ONNX file by its int8 version, calibrated with inputs (1, 3, H, W)."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = iter(inputs)
+
+        def get_next(self) -> dict[str, Any] | None:
+            x = next(self.left, None)
+            return None if x is None else {"image": x.numpy()}
+
+    kept = {prop.key: prop.value for prop in onnx.load(target).metadata_props}
+    logging.getLogger().setLevel(logging.ERROR)  # it warns about each model, whatever is done
+    quantize_static(target, target, Reader(), per_channel=True, op_types_to_quantize=["Conv"])
+    model = onnx.load(target)
+    onnx.helper.set_model_props(model, kept)
+    onnx.save(model, target)
+
+
+def onnx_runner(target: Path) -> Run:
+    """Returns a function from inputs to logits, of an ONNX file."""
+    _require_onnx()
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        str(target), options, providers=onnxruntime.get_available_providers()
+    )
+    return lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+
+
+def _require_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"{error.name} is not installed: pip install 'isanet-pl[onnx]'") from error
+
+
+def _read_images(folder: Path, size: Sequence[int], count: int) -> list[Tensor]:
+    """Returns images of a folder, evenly chosen, each resized to (1, 3, H, W) uint8."""
+    files = list_files(folder, IMAGE_SUFFIXES, recursive=True)
+    chosen = files[:: max(1, len(files) // count)][:count]
+
+    def resized() -> Iterator[Tensor]:
+        for path in chosen:
+            image = read_image(path)[None].float()
+            image = F.interpolate(image, tuple(size), mode="bilinear", antialias=True)
+            yield image.round().clamp(0, 255).to(torch.uint8)
+
+    return list(resized())
+
+
+def _input(image: Tensor, network: ISANet, normalise: str) -> Tensor:
+    """Returns what an exported file takes for uint8 images."""
+    return image if normalise == "inside" else network.normalise(image).contiguous()
+
+
+@torch.inference_mode()
+def compare(
+    target: Path,
+    network: ISANet,
+    run: Run,
+    inputs: Sequence[Tensor],
+    normalise: str,
+    exact: bool,
+) -> None:
+    """Prints how results and latency of a file compare with PyTorch's.
+
+    Args:
+        target: The file, for the message.
+        network: What was exported.
+        run: Runs the file.
+        inputs: uint8 images (N, 3, H, W): random ones, then real ones.
+        normalise: Whether the file takes uint8.
+        exact: Refuse results that differ by more than `TOLERANCE`.
+
+    Raises:
+        InputError: The results differ.
+    """
+    worst, agreement = 0.0, []
+    for image in inputs:
+        expected = network(network.normalise(image))["out"]
+        found = run(_input(image, network, normalise))
+        worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+        agreement.append(float((found.argmax(1) == expected.argmax(1)).float().mean()))
+    one = inputs[0][:1]
+    eager = _latency(lambda: network(network.normalise(one)))
+    exported = _latency(lambda: run(_input(one, network, normalise)))
+    h, w = one.shape[2:]
+    print(
+        f"{target} ({target.stat().st_size / 1e6:.1f} MB) against PyTorch on {len(inputs)} inputs: "
+        f"logits within {worst:.1e} of the largest, {100 * np.mean(agreement):.3f} % of the pixels "
+        f"in the same class\nlatency of one {h}x{w} image, {torch.get_num_threads()} threads: "
+        f"{exported:.1f} ms, PyTorch {eager:.1f} ms"
+    )
+    if exact and worst > TOLERANCE:
+        raise InputError(
+            f"{target} gives other results than the network: the logits differ by {worst:.1e} of "
+            f"the largest, {TOLERANCE:.0e} is allowed"
+        )
+
+
+def _latency(call: Callable[[], Any], repeats: int = 7) -> float:
+    """Returns the median time of a call in milliseconds, after two to warm up."""
+    times = []
+    for _ in range(2 + repeats):
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[2:])
+
+
+class OnnxNetwork(nn.Module):
+    """Offers what `Inference` needs of a network, from an exported ONNX file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: It is no file that `isanet-pl export` wrote.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        description = read_metadata(path)
+        arguments = description["network"]
+        self.align_corners = bool(arguments["align_corners"])
+        self.size: list[int] | None = description["size"]
+        self.multiples: list[int] = description["multiples"]
+        self.inside = description["normalise"] == "inside"
+        for name in ("mean", "std"):
+            values = torch.tensor(arguments[name]).view(3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+        self.run = onnx_runner(path)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """Returns normalised images, float (N, 3, H, W), of uint8 ones."""
+        return (image.float() - self.mean) / self.std
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Returns `out`, the logits (N, K, H, W) of normalised images (N, 3, H, W).
+
+        Raises:
+            InputError: The images are larger than those that the file was made for.
+        """
+        h, w = x.shape[2:]
+        height, width = self.size or (h + -h % self.multiples[0], w + -w % self.multiples[1])
+        if h > height or w > width:
+            raise InputError(
+                f"the file takes images of {width}x{height} (width x height), not of {w}x{h}: set "
+                f"--model.inference.mode slide --model.inference.crop_size '[{height}, {width}]'"
+            )
+        x = F.pad(x, (0, width - w, 0, height - h)).cpu()
+        if self.inside:
+            x = (x * self.std.cpu() + self.mean.cpu()).round().clamp(0, 255).to(torch.uint8)
+        logits = self.run(x.contiguous())[:, :, :h, :w]
+        return {"out": logits.to(self.mean.device)}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Returns what `isanet-pl export` wrote about an ONNX file.
+
+    Raises:
+        InputError: It did not write this file.
+    """
+    _require_onnx()
+    import onnx
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+        properties = {prop.key: prop.value for prop in model.metadata_props}
+        description: dict[str, Any] = json.loads(properties[METADATA])
+    except Exception as error:
+        raise InputError(f"{path} was not written by isanet-pl export: {error!r}") from error
+    return description

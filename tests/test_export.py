@@ -1,0 +1,253 @@
+"""Exported files: the same answers as the network's, also through the command line."""
+
+import json
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import make_folder, make_scene
+from PIL import Image
+from test_predictions import NAMES, PALETTE, write_checkpoint
+
+from isanet_pl.cli import main
+from isanet_pl.errors import InputError
+from isanet_pl.export import OnnxNetwork, read_metadata, size_multiples
+from isanet_pl.inference import Inference
+from isanet_pl.models import ISANet
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["isanet-pl"])
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "tiny.ckpt")
+
+
+def export(checkpoint, path, *args):
+    fixed = ("--trainer.accelerator", "cpu", "--ckpt_path", str(checkpoint), "--path", str(path))
+    return main(["export", *fixed, *map(str, args)])
+
+
+@pytest.fixture(scope="module")
+def fixed(checkpoint, tmp_path_factory):
+    """An ONNX file for images of 24x40."""
+    path = tmp_path_factory.mktemp("fixed") / "new" / "fixed.onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["isanet-pl"])
+        export(checkpoint, path, "--size", "[24, 40]")
+    return path
+
+
+@pytest.fixture(scope="module")
+def dynamic(checkpoint, tmp_path_factory):
+    """An ONNX file for images of any multiple of 16."""
+    path = tmp_path_factory.mktemp("dynamic") / "dynamic.onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["isanet-pl"])
+        export(checkpoint, path, "--size", "[32, 48]", "--dynamic", "true")
+    return path
+
+
+def images(*size, count=1):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(256, (count, 3, *size), dtype=torch.uint8, generator=generator)
+
+
+def run_onnx(path, array):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["logits"], {"image": array.numpy()})[0])
+
+
+def eager(checkpoint, image):
+    network = ISANet.from_checkpoint(checkpoint)
+    with torch.no_grad():
+        return network(network.normalise(image))["out"]
+
+
+def close(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+# The files
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_onnx_takes_uint8_images_in_batches_of_any_size(checkpoint, fixed, count):
+    image = images(24, 40, count=count)
+    assert close(run_onnx(fixed, image), eager(checkpoint, image))
+
+
+@pytest.mark.parametrize("size", [(32, 48), (48, 32), (16, 16), (80, 112)])
+def test_dynamic_onnx_takes_multiples(checkpoint, dynamic, size):
+    image = images(*size)
+    assert close(run_onnx(dynamic, image), eager(checkpoint, image))
+
+
+def test_normalisation_outside(checkpoint, tmp_path):
+    export(checkpoint, tmp_path / "a.onnx", "--size", "[24, 40]", "--normalise", "outside")
+    image = images(24, 40)
+    x = ISANet.from_checkpoint(checkpoint).normalise(image).contiguous()
+    assert close(run_onnx(tmp_path / "a.onnx", x), eager(checkpoint, image))
+
+
+def test_torch_export_archive(checkpoint, tmp_path):
+    export(checkpoint, tmp_path / "a.pt2", "--size", "[32, 48]", "--dynamic", "true")
+    files = {"isanet_pl.json": ""}
+    program = torch.export.load(tmp_path / "a.pt2", extra_files=files).module()
+    image = images(48, 64, count=2)
+    assert close(program(image), eager(checkpoint, image))
+    assert json.loads(files["isanet_pl.json"])["class_names"] == list(NAMES)
+
+
+def test_files_say_what_they_are(fixed, dynamic):
+    model = onnx.load(fixed)
+    onnx.checker.check_model(model)
+    assert {p.key: p.value for p in model.metadata_props}["classes"] == "sky, road, car"
+    assert [path.name for path in fixed.parent.iterdir()] == ["fixed.onnx"]  # weights inside
+    description = read_metadata(fixed)
+    assert description["palette"] == [list(colour) for colour in PALETTE]
+    assert description["size"] == [24, 40]
+    assert description["normalise"] == "inside"
+    assert read_metadata(dynamic)["size"] is None
+    assert read_metadata(dynamic)["multiples"] == [16, 16]
+
+
+def test_the_auxiliary_head_is_left_out(checkpoint, fixed):
+    assert ISANet.from_checkpoint(checkpoint).aux_head is not None
+    weights = sum(np.prod(w.dims) for w in onnx.load(fixed).graph.initializer)
+    network = ISANet.from_checkpoint(checkpoint)
+    total = sum(p.numel() for p in network.parameters())
+    aux = sum(p.numel() for p in network.aux_head.parameters())
+    assert weights < total - 0.9 * aux
+
+
+def test_multiples_cover_all_windows():
+    network = ISANet(2, "resnet18", last_stage=2, down_factors=((8, 4), (6, 1)), key_channels=4,
+                     value_channels=4, out_channels=4)  # fmt: skip
+    assert size_multiples(network) == (8 * 24, 8 * 4)
+
+
+def test_export_says_how_the_file_compares(checkpoint, tmp_path, capsys):
+    folder = make_folder(tmp_path / "data")
+    export(checkpoint, tmp_path / "a.onnx", "--size", "[24, 40]", "--images", folder / "train")
+    out = capsys.readouterr().out
+    assert "on 4 inputs" in out  # a random batch and three images
+    assert "100.000 % of the pixels in the same class" in out
+    assert "latency of one 24x40 image" in out
+
+
+def test_a_file_that_answers_otherwise_is_refused(checkpoint, tmp_path, monkeypatch):
+    from isanet_pl import export as module
+
+    right = module.onnx_runner
+    monkeypatch.setattr(module, "onnx_runner", lambda path: lambda x: right(path)(x) * 1.001)
+    with pytest.raises(InputError, match=r"other results.*1\.0e-03"):
+        export(checkpoint, tmp_path / "a.onnx", "--size", "[24, 40]")
+
+
+def test_int8(checkpoint, tmp_path, fixed, capsys):
+    folder = make_folder(tmp_path / "data", size=(24, 40))
+    options = ("--size", "[24, 40]", "--images", folder / "train", "--int8", "true")
+    export(checkpoint, tmp_path / "a.onnx", *options)
+    types = {w.data_type for w in onnx.load(tmp_path / "a.onnx").graph.initializer}
+    assert onnx.TensorProto.INT8 in types
+    assert (tmp_path / "a.onnx").stat().st_size < 0.5 * fixed.stat().st_size
+    assert read_metadata(tmp_path / "a.onnx")["class_names"] == list(NAMES)
+    image = images(24, 40)
+    found, expected = run_onnx(tmp_path / "a.onnx", image), eager(checkpoint, image)
+    assert 1e-5 < float((found - expected).abs().max() / expected.abs().max()) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--path", "a.bin"), r"a\.bin: the name must end in \.onnx or \.pt2"),
+        (("--size", "[0, 8]"), r"--size must be two positive integers, got \(0, 8\)"),
+        (("--size", "[24, 40]", "--dynamic", "true"), r"multiples of \(16, 16\).*\(24, 40\)"),
+        (("--int8", "true"), "--int8 true needs an .onnx file and --images"),
+        (("--path", "a.pt2", "--int8", "true", "--images", "."), "needs an .onnx file"),
+        (("--images", "nowhere"), "folder not found: nowhere"),
+    ],
+)
+def test_wrong_options_are_refused(checkpoint, tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message):
+        export(checkpoint, tmp_path / "a.onnx", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_onnx_it_is_said_what_to_install(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(InputError, match=r"onnxscript is not installed: pip install .*\[onnx\]"):
+        export(checkpoint, tmp_path / "a.onnx", "--size", "[24, 40]")
+
+
+# Used by the command line
+
+
+@pytest.mark.parametrize("name", ["fixed", "dynamic"])
+def test_predict_takes_an_onnx_file(checkpoint, request, tmp_path, name):
+    path = request.getfixturevalue(name)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(make_scene(0, (24, 40) if name == "fixed" else (32, 48), [0, 1, 2])[0]).save(
+        tmp_path / "photos" / "a.png"
+    )
+    Image.fromarray(make_scene(1, (50, 70), [0, 1, 2])[0]).save(tmp_path / "photos" / "large.png")
+    out = tmp_path / "out"
+    where = ["--data.predict_dir", str(tmp_path / "photos"), "--output", str(out)]
+    main(["predict", "--ckpt_path", str(path), *where, "--trainer.accelerator", "cpu"])
+    network = ISANet.from_checkpoint(checkpoint)
+    with Image.open(tmp_path / "photos" / "a.png") as image:
+        expected = network.predict(image)
+    assert np.array_equal(np.array(Image.open(out / "masks" / "a.png")), expected)
+    large = np.array(Image.open(out / "masks" / "large.png"))
+    assert large.shape == (50, 70)
+    if name == "fixed":  # by windows of its size
+        network.inference = Inference(mode="slide", crop_size=(24, 40))
+        with Image.open(tmp_path / "photos" / "large.png") as image:
+            assert np.mean(large == network.predict(image).numpy()) > 0.999
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_evaluation_takes_an_onnx_file(checkpoint, dynamic, tmp_path, command):
+    folder = make_folder(tmp_path / "data", size=(32, 48))
+    data = ["--data", "SegmentationFolder", "--data.root", str(folder), "--data.num_workers", "0"]
+    data += ["--data.class_names", f"[{', '.join(NAMES)}]", "--trainer.accelerator", "cpu"]
+    scores = []
+    for path in (checkpoint, dynamic):
+        cli = main([command, "--ckpt_path", str(path), *data])
+        stage = "val" if command == "validate" else "test"
+        scores.append(float(cli.trainer.callback_metrics[f"{stage}/miou"]))
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_images_that_do_not_fit_are_padded_and_cropped(fixed, dynamic):
+    x = torch.randn(1, 3, 20, 30)
+    for path, size in ((fixed, (24, 40)), (dynamic, (32, 32))):
+        network = OnnxNetwork(path)
+        found = network(x)["out"]
+        assert found.shape == (1, 3, 20, 30)
+        wide = torch.zeros(1, 3, *size)
+        wide[:, :, :20, :30] = x
+        assert torch.allclose(found, network(wide)["out"][:, :, :20, :30], atol=1e-5)
+
+
+def test_an_image_larger_than_the_file_takes_is_refused(fixed):
+    with pytest.raises(InputError, match=r"takes images of 40x24 .*crop_size '\[24, 40\]'"):
+        OnnxNetwork(fixed)(torch.zeros(1, 3, 25, 40))
+
+
+def test_a_foreign_onnx_file_is_refused(tmp_path):
+    (tmp_path / "text.onnx").write_text("text")
+    graph = onnx.helper.make_graph([], "empty", [], [])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "empty.onnx")
+    for name in ("text", "empty"):
+        with pytest.raises(InputError, match=f"{name}.onnx was not written by isanet-pl export"):
+            main(["predict", "--ckpt_path", str(tmp_path / f"{name}.onnx")])
