@@ -320,6 +320,7 @@ class OnnxNetwork(nn.Module):
         description = read_metadata(path)
         arguments = description["network"]
         self.align_corners = bool(arguments["align_corners"])
+        self.output_stride = int(arguments["output_stride"])
         self.size: list[int] | None = description["size"]
         self.multiples: list[int] = description["multiples"]
         self.inside = description["normalise"] == "inside"

@@ -16,6 +16,7 @@ class Network(Protocol):
     """What a network must offer; `ISANet` does."""
 
     align_corners: bool
+    output_stride: int
 
     def normalise(self, image: Tensor) -> Tensor:
         """Returns the float input of the network for uint8 images (N, 3, H, W)."""
@@ -62,8 +63,10 @@ class Inference:
         scales: Each view's size, as a factor; the field's multi-scale protocol is
             [0.5, 0.75, 1, 1.25, 1.5, 1.75].
         flip: Average with the mirrored image as well.
-        pad_multiple: Pad the whole image, on the right and at the bottom, to a multiple of this;
-            8, the stride, can help on odd sizes where `align_corners` is off. 1 pads nothing.
+        pad_multiple: Pad the whole image, on the right and at the bottom, to a multiple of this, and
+            crop the logits. None: the network's output stride, so that features lie as they did
+            under training crops; but with `align_corners`, which is exact for multiples plus one,
+            nothing. 1 pads nothing, as in mmsegmentation.
         base_size: (long, short) edge that images are scaled to; the command line takes it from the
             data.
         mirrored_classes: Pairs of classes that a flip turns into each other; the command line takes
@@ -78,7 +81,7 @@ class Inference:
     stride: tuple[int, int] | None = None
     scales: Sequence[float] = (1.0,)
     flip: bool = False
-    pad_multiple: int = 1
+    pad_multiple: int | None = None
     base_size: tuple[int, int] | None = None
     mirrored_classes: Sequence[tuple[int, int]] = ()
 
@@ -96,7 +99,8 @@ class Inference:
                 f"inference.stride {self.stride} is larger than crop_size {self.crop_size}: the "
                 "windows would leave gaps"
             )
-        if not self.scales or min(self.scales) <= 0 or self.pad_multiple < 1:
+        pad_multiple = 1 if self.pad_multiple is None else self.pad_multiple
+        if not self.scales or min(self.scales) <= 0 or pad_multiple < 1:
             raise ValueError(
                 f"inference.scales and pad_multiple must be positive, got {list(self.scales)} and "
                 f"{self.pad_multiple}"
@@ -144,7 +148,10 @@ class Inference:
         if self.mode == "slide":
             return self._slide(network, x)
         h, w = x.shape[2:]
-        padding = (0, -w % self.pad_multiple, 0, -h % self.pad_multiple)
+        multiple = self.pad_multiple
+        if multiple is None:
+            multiple = 1 if network.align_corners else network.output_stride
+        padding = (0, -w % multiple, 0, -h % multiple)
         if any(padding):
             x = F.pad(x, padding)  # zero is the mean colour
         return network(x)["out"][:, :, :h, :w]

@@ -16,6 +16,7 @@ class Pointwise:
     """A network whose answer at a pixel depends on that pixel alone."""
 
     align_corners = False
+    output_stride = 1
 
     def __init__(self, num_classes=3):
         generator = torch.Generator().manual_seed(0)
@@ -51,6 +52,7 @@ def isanet():
         4, "resnet18", form="reduced", key_channels=8, value_channels=8, out_channels=8,
         down_factors=((2, 2),), last_stage=2,
     )  # fmt: skip
+    torch.nn.init.normal_(network.classifier.weight)
     # Random statistics, so that nothing is near zero by accident.
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -102,7 +104,7 @@ def test_overlaps_are_averaged_and_the_last_window_is_shifted_back():
 
 def test_windows_larger_than_the_image_see_it_whole(isanet):
     image = noise(33, 50)
-    whole = Inference()(isanet, image)
+    whole = Inference(pad_multiple=1)(isanet, image)
     for crop in ((33, 50), (64, 64), (33, 200)):
         assert torch.equal(Inference(mode="slide", crop_size=crop)(isanet, image), whole)
 
@@ -124,8 +126,19 @@ def test_a_batch_gives_what_its_images_give(isanet):
 
 
 def test_whole_is_the_network_itself(isanet):
-    image = noise(37, 51)
+    image = noise(40, 56)
     assert torch.equal(Inference()(isanet, image), isanet(isanet.normalise(image))["out"])
+    image = noise(37, 51)
+    expected = isanet(isanet.normalise(image))["out"]
+    assert torch.equal(Inference(pad_multiple=1)(isanet, image), expected)
+
+
+@pytest.mark.parametrize(("align_corners", "padded"), [(False, (40, 56)), (True, (37, 51))])
+def test_images_are_padded_to_the_stride_unless_corners_are_aligned(align_corners, padded):
+    network = Pointwise()
+    network.align_corners, network.output_stride = align_corners, 8
+    Inference()(network, noise(37, 51))
+    assert network.sizes == [padded]
 
 
 @pytest.mark.parametrize(("size", "padded"), [((37, 51), (40, 56)), ((40, 56), (40, 56))])
@@ -172,7 +185,9 @@ def test_scales_and_flip_average_probabilities(isanet):
         logits = logits.flip(-1) if mirror else logits
         logits = F.interpolate(logits, (40, 56), mode="bilinear") if factor != 1 else logits
         views.append(logits.softmax(1))
-    found = Inference(scales=[0.5, 1.0, 1.75], flip=True)(isanet, image)
+    inference = Inference(scales=[0.5, 1.0, 1.75], flip=True, pad_multiple=1)
+    found = inference(isanet, image)
+    assert found.exp().std() > 0.05  # so that the next line means something
     assert torch.allclose(found.exp(), torch.stack(views).mean(0), atol=1e-5)
     assert torch.allclose(found.exp().sum(1), torch.ones(1, 40, 56), atol=1e-4)
 

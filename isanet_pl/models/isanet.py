@@ -131,6 +131,7 @@ class ISANet(nn.Module):
         self.inference = Inference()
         self.form = form
         self.align_corners = align_corners
+        self.output_stride: int = output_stride
         self.classify_before_upsampling = reduced or classify_before_upsampling
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
