@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_predictions import write_checkpoint
 
 from isanet_pl.cli import main
 
@@ -33,14 +34,16 @@ def test_the_readme_has_commands():
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if c[0] == "isanet-pl"], ids=lambda c: " ".join(c[1:4])
 )
-def test_commands_parse(command, monkeypatch, capsys):
+def test_commands_parse(command, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
+    checkpoint = write_checkpoint(tmp_path / "best.ckpt")
     monkeypatch.setattr(sys, "argv", ["isanet-pl"])
     # A run's own config is the leaf that the run was started with, as far as parsing goes.
     arguments = [
         re.sub(r"runs/([\w-]+)/version_\d+/config\.yaml", r"configs/\1.yaml", part)
         for part in command[1:]
     ]
+    arguments = [str(checkpoint) if part == "best.ckpt" else part for part in arguments]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--print_config"])
     assert stop.value.code == 0, capsys.readouterr().err
