@@ -17,13 +17,16 @@ Notation in this file: N batch, C channels, H W map, dh dw window, T places, M w
 Parameter names are those of the authors' code (openseg.pytorch, lib/models/modules/isa_block.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 AttentionOrder = Literal["long_short", "short_long", "long", "short"]
 
@@ -124,6 +127,9 @@ class SelfAttentionBlock2D(nn.Module):
         out_channels: Channels of the output; `in_channels` if None.
         value_bias: Give the value conv a bias (mmsegmentation has one, the authors do not).
         negative_slope: Of the activations below zero; 0 is ReLU, the authors' InPlaceABN has 0.01.
+        recompute: In training, compute what lies between the first convs and the output conv once
+            more in the backward pass instead of keeping it: half the memory for a few per cent of
+            the time.
     """
 
     def __init__(
@@ -134,8 +140,10 @@ class SelfAttentionBlock2D(nn.Module):
         out_channels: int | None = None,
         value_bias: bool = False,
         negative_slope: float = 0.0,
+        recompute: bool = True,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         out_channels = in_channels if out_channels is None else out_channels
         conv = partial(conv_bn_relu, negative_slope=negative_slope)
         # One flat Sequential each, so that convs are 0 and 3, BatchNorms 1 and 4.
@@ -173,20 +181,55 @@ class SelfAttentionBlock2D(nn.Module):
             query, key, value = regroup(query), regroup(key), regroup(value)
         if self.f_value.bias is not None:
             value = value + self.f_value.bias[:, None, None]
-        query, key = self.f_query[1:](query), self.f_key[1:](key)
-
-        if along == "all":
-            shape = query.shape[2:]
-            query, key, value = (t.flatten(2).unsqueeze(2) for t in (query, key, value))
-            context = attend(query, key, value).view(*value.shape[:2], *shape)
-        elif along == "windows":
-            context = attend(query, key, value, mask)
+        if self.recompute and self.training and torch.is_grad_enabled():
+            norms = [m for m in (*self.f_query, *self.f_key) if isinstance(m, _BatchNorm)]
+            out: Tensor = checkpoint(
+                self._attend_and_project,
+                *(query, key, value, along, mask),
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), _statistics_kept(norms)),
+            )
         else:
-            query, key, value = (t.transpose(2, 3) for t in (query, key, value))
-            context = attend(query, key, value, None if mask is None else mask.T)
-        out: Tensor = self.W(context)
+            out = self._attend_and_project(query, key, value, along, mask)
+        out = self.W[1:](out)  # BatchNorm, activation
         # Transposed back only now, because the conv wants its input in true channels_last order.
         return out.transpose(2, 3) if along == "places" else out
+
+    def _attend_and_project(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        along: Literal["all", "places", "windows"],
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Returns the output before its BatchNorm, of what the first convs gave."""
+        query, key = self.f_query[1:](query), self.f_key[1:](key)
+        shape = value.shape[2:]
+        if along == "all":
+            query, key, value = (t.flatten(2).unsqueeze(2) for t in (query, key, value))
+        elif along == "places":
+            query, key, value = (t.transpose(2, 3) for t in (query, key, value))
+            mask = None if mask is None else mask.T
+        context = attend(query, key, value, mask)
+        if along == "all":
+            context = context.view(*value.shape[:2], *shape)
+        out: Tensor = self.W[0](context)
+        return out
+
+
+@contextmanager
+def _statistics_kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Keeps a second forward pass of the same batch out of BatchNorm's running statistics."""
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class ISABlock(nn.Module):
@@ -319,5 +362,12 @@ class ISAModule(nn.Module):
         if self.up_conv is not None:
             x = self.up_conv(x)
         parts = [*contexts, x] if self.context_first else [x, *contexts]
-        out: Tensor = self.dropout(self.conv_bn(torch.cat(parts, dim=1)))
+        # The sum of convs over the parts is the conv over their concatenation, without its copy.
+        conv = self.conv_bn[0]
+        assert isinstance(conv, nn.Conv2d)
+        weights = torch.split(conv.weight, [part.shape[1] for part in parts], dim=1)
+        mixed = F.conv2d(parts[0], weights[0], conv.bias)
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
+            mixed = mixed.add_(F.conv2d(part, weight))
+        out: Tensor = self.dropout(self.conv_bn[1:](mixed))
         return out
