@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 from isanet_pl.data.files import IMAGE_SUFFIXES, list_files, read_image
 from isanet_pl.errors import InputError
-from isanet_pl.models import ISANet
+from isanet_pl.models import ISANet, fuse_for_inference
 
 METADATA = "isanet_pl"
 TOLERANCE = 1e-4  # of the largest logit
@@ -77,7 +77,7 @@ class SegmentationTrainer(pl.Trainer):
             "multiples": list(multiples),
             "normalise": normalise,
         }
-        program = trace(network, size, dynamic, normalise == "inside")
+        program = trace(fuse_for_inference(network), size, dynamic, normalise == "inside")
         target.parent.mkdir(parents=True, exist_ok=True)
         real = [] if images is None else _read_images(Path(images), size, num_calibration)
         if target.suffix == ".onnx":

@@ -17,7 +17,7 @@ from isanet_pl.errors import InputError
 from isanet_pl.inference import Inference
 from isanet_pl.losses import SegmentationLoss
 from isanet_pl.metrics import SegmentationMetrics
-from isanet_pl.models import ISANet
+from isanet_pl.models import ISANet, fuse_for_inference
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ class SegmentationModule(pl.LightningModule):
     """
 
     hparams: Any
+    deployed: ISANet | None
+    """The folded network, while `validate`, `test` or `predict` runs."""
 
     def __init__(
         self,
@@ -112,6 +114,7 @@ class SegmentationModule(pl.LightningModule):
         self.scale_lr = scale_lr
         self.inference = inference
         self.predict_probabilities = False
+        object.__setattr__(self, "deployed", None)
         self.loaded_step = 0
         self.metrics = nn.ModuleDict(
             {
@@ -145,7 +148,22 @@ class SegmentationModule(pl.LightningModule):
         return outputs
 
     def _infer(self, image: Tensor) -> dict[str, Tensor]:
-        return {"out": self.inference(self.network, image)}
+        return {"out": self.inference(self.deployed or self.network, image)}
+
+    def on_test_start(self) -> None:
+        """Folds the network for what follows; its weights do not change any more."""
+        if isinstance(self.network, ISANet):
+            # Not a part of this module: its parameters are copies.
+            object.__setattr__(self, "deployed", fuse_for_inference(self.network))
+
+    def on_predict_start(self) -> None:
+        """Folds the network; see `on_test_start`."""
+        self.on_test_start()
+
+    def on_validation_start(self) -> None:
+        """Folds the network, unless it is in training; see `on_test_start`."""
+        if self.trainer.state.fn != "fit":
+            self.on_test_start()
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Returns the loss of a batch.
@@ -208,6 +226,10 @@ class SegmentationModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs the scores of the whole split."""
         self._log_scores("val")
+
+    def teardown(self, stage: str) -> None:
+        """Lets go of the folded network."""
+        object.__setattr__(self, "deployed", None)
 
     def on_test_epoch_end(self) -> None:
         """Logs the scores of the whole split."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+Along = Literal["all", "places", "windows"]
 AttentionOrder = Literal["long_short", "short_long", "long", "short"]
 
 
@@ -37,17 +38,41 @@ def activation(negative_slope: float) -> nn.Module:
 
 
 def conv_bn_relu(
-    in_channels: int, out_channels: int, kernel_size: int = 1, negative_slope: float = 0.0
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 1,
+    negative_slope: float = 0.0,
+    dilation: int = 1,
 ) -> nn.Sequential:
     """Returns conv (same padding, no bias), BatchNorm, (leaky) ReLU, numbered 0, 1, 2."""
+    padding = dilation * (kernel_size // 2)
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
+        nn.Conv2d(
+            in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False
+        ),
         nn.BatchNorm2d(out_channels),
         activation(negative_slope),
     )
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def mix(layers: nn.Sequential, parts: Sequence[Tensor]) -> Tensor:
+    """Returns `layers`, a conv and what follows it, of the concatenation of maps (N, C_i, H, W).
+
+    The conv of a concatenation is the sum of convs of the parts, which spares its copy.
+    """
+    conv = layers[0]
+    assert isinstance(conv, nn.Conv2d)
+    weights = torch.split(conv.weight, [part.shape[1] for part in parts], dim=1)
+    mixed = F.conv2d(parts[0], weights[0], conv.bias, padding=conv.padding)
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        mixed = mixed.add_(F.conv2d(part, weight, padding=conv.padding))
+    out: Tensor = layers[1:](mixed)
+    return out
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, sdpa: bool = False
+) -> Tensor:
     """Returns softmax(q k^T / sqrt(C_k)) v along the last axis, separately for each group.
 
     Args:
@@ -55,10 +80,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
         key: (N, C_k, G, L).
         value: (N, C_v, G, L).
         mask: (G, L) bool, True where a position may be attended to; None attends everywhere.
+        sdpa: Use PyTorch's fused attention, which does not store the affinity; it pays where L is
+            large.
 
     Returns:
         (N, C_v, G, L) in channels_last memory order.
     """
+    if sdpa:
+        query, key, value = (t.permute(0, 2, 3, 1) for t in (query, key, value))
+        # The fused kernels want as many channels of the value as of the key.
+        values = torch.split(value, key.shape[3], dim=3)
+        mask = None if mask is None else mask[:, None, :]
+        parts = [F.scaled_dot_product_attention(query, key, v, mask) for v in values]
+        return torch.cat(parts, dim=3).permute(0, 3, 1, 2)
     query = query.permute(0, 2, 3, 1) * query.shape[1] ** -0.5  # (N, G, L, C_k)
     scores = query @ key.permute(0, 2, 1, 3)  # (N, G, L, L)
     if mask is not None:
@@ -67,6 +101,38 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
         scores = scores.masked_fill(~mask[:, None, :], torch.finfo(scores.dtype).min)
     context = scores.softmax(dim=-1).to(value.dtype) @ value.permute(0, 2, 3, 1)  # (N, G, L, C_v)
     return context.permute(0, 3, 1, 2)
+
+
+def attend_along(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    along: Along,
+    mask: Tensor | None = None,
+    sdpa: bool = False,
+) -> Tensor:
+    """Returns `attend` of maps (N, C, H, W), or along one axis of token grids (N, C, T, M).
+
+    Args:
+        query: C_k channels.
+        key: C_k channels.
+        value: C_v channels.
+        along: Which positions attend to each other: all of the map, the windows (M), or the places
+            of a window (T).
+        mask: (T, M) bool, see `attend`; not for `all`.
+        sdpa: See `attend`.
+
+    Returns:
+        C_v channels, in channels_last memory order; along the places transposed, (N, C_v, M, T).
+    """
+    if along == "windows":
+        return attend(query, key, value, mask, sdpa)
+    if along == "places":
+        query, key, value = (t.transpose(2, 3) for t in (query, key, value))
+        return attend(query, key, value, None if mask is None else mask.T, sdpa)
+    shape = value.shape
+    query, key, value = (t.flatten(2).unsqueeze(2) for t in (query, key, value))
+    return attend(query, key, value, sdpa=sdpa).view(shape)
 
 
 class TokenGrid:
@@ -130,6 +196,7 @@ class SelfAttentionBlock2D(nn.Module):
         recompute: In training, compute what lies between the first convs and the output conv once
             more in the backward pass instead of keeping it: half the memory for a few per cent of
             the time.
+        sdpa: See `attend`.
     """
 
     def __init__(
@@ -141,9 +208,11 @@ class SelfAttentionBlock2D(nn.Module):
         value_bias: bool = False,
         negative_slope: float = 0.0,
         recompute: bool = True,
+        sdpa: bool = False,
     ) -> None:
         super().__init__()
         self.recompute = recompute
+        self.sdpa = sdpa
         out_channels = in_channels if out_channels is None else out_channels
         conv = partial(conv_bn_relu, negative_slope=negative_slope)
         # One flat Sequential each, so that convs are 0 and 3, BatchNorms 1 and 4.
@@ -160,7 +229,7 @@ class SelfAttentionBlock2D(nn.Module):
         self,
         x: Tensor,
         regroup: Callable[[Tensor], Tensor] | None = None,
-        along: Literal["all", "places", "windows"] = "all",
+        along: Along = "all",
         mask: Tensor | None = None,
     ) -> Tensor:
         """Returns the attended map, or token grid.
@@ -201,21 +270,12 @@ class SelfAttentionBlock2D(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        along: Literal["all", "places", "windows"],
+        along: Along,
         mask: Tensor | None,
     ) -> Tensor:
         """Returns the output before its BatchNorm, of what the first convs gave."""
         query, key = self.f_query[1:](query), self.f_key[1:](key)
-        shape = value.shape[2:]
-        if along == "all":
-            query, key, value = (t.flatten(2).unsqueeze(2) for t in (query, key, value))
-        elif along == "places":
-            query, key, value = (t.transpose(2, 3) for t in (query, key, value))
-            mask = None if mask is None else mask.T
-        context = attend(query, key, value, mask)
-        if along == "all":
-            context = context.view(*value.shape[:2], *shape)
-        out: Tensor = self.W[0](context)
+        out: Tensor = self.W[0](attend_along(query, key, value, along, mask, self.sdpa))
         return out
 
 
@@ -362,12 +422,5 @@ class ISAModule(nn.Module):
         if self.up_conv is not None:
             x = self.up_conv(x)
         parts = [*contexts, x] if self.context_first else [x, *contexts]
-        # The sum of convs over the parts is the conv over their concatenation, without its copy.
-        conv = self.conv_bn[0]
-        assert isinstance(conv, nn.Conv2d)
-        weights = torch.split(conv.weight, [part.shape[1] for part in parts], dim=1)
-        mixed = F.conv2d(parts[0], weights[0], conv.bias)
-        for part, weight in zip(parts[1:], weights[1:], strict=True):
-            mixed = mixed.add_(F.conv2d(part, weight))
-        out: Tensor = self.dropout(self.conv_bn[1:](mixed))
+        out: Tensor = self.dropout(mix(self.conv_bn, parts))
         return out

@@ -13,9 +13,23 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from isanet_pl.inference import Inference
 from isanet_pl.models.attention import AttentionOrder, ISAModule, activation, conv_bn_relu
 from isanet_pl.models.backbone import Backbone
+from isanet_pl.models.context import (
+    AtrousPyramid,
+    DenseAttention,
+    NoContext,
+    PyramidPooling,
+    RecurrentCrissCross,
+)
 
 Form = Literal["direct", "reduced"]
-Context = Literal["isa", "none"]
+Context = Literal["isa", "none", "dense", "dense_sdpa", "ppm", "aspp", "rcca"]
+
+OTHER_CONTEXTS: dict[str, type[nn.Module]] = {
+    "none": NoContext,
+    "ppm": PyramidPooling,
+    "aspp": AtrousPyramid,
+    "rcca": RecurrentCrissCross,
+}
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -42,7 +56,9 @@ class ISANet(nn.Module):
         pretrained: Load timm's ImageNet weights (downloads them).
         weights_path: Load backbone weights from this local file, whole or in part.
         form: The form of the network, see above.
-        context: `isa`, or `none`: the same projection without attention (an ablation).
+        context: `isa`, or what it is compared with (models/context.py): `none`, an FCN; `dense`
+            self-attention, its affinity stored, or `dense_sdpa`; `ppm` (PSPNet), `aspp`
+            (DeepLabV3), `rcca` (CCNet).
         down_factors: One window (dh, dw) for each ISA block of the module.
         key_channels: Channels of key and query.
         value_channels: Channels of the value.
@@ -142,13 +158,11 @@ class ISANet(nn.Module):
         if reduced:
             self.reduce = conv_bn_relu(channels, out_channels, 3, negative_slope)
             channels = out_channels
+        widths = (channels, key_channels, value_channels, out_channels)
         self.context: nn.Module
         if context == "isa":
             self.context = ISAModule(
-                channels,
-                key_channels,
-                value_channels,
-                out_channels,
+                *widths,
                 down_factors,
                 dropout,
                 value_bias=value_bias,
@@ -157,10 +171,10 @@ class ISANet(nn.Module):
                 mask_padding=mask_padding,
                 negative_slope=negative_slope,
             )
+        elif context in ("dense", "dense_sdpa"):
+            self.context = DenseAttention(*widths, dropout, sdpa=context == "dense_sdpa")
         else:
-            self.context = nn.Sequential(
-                conv_bn_relu(channels, out_channels, 1, negative_slope), nn.Dropout2d(dropout)
-            )
+            self.context = OTHER_CONTEXTS[context](channels, out_channels, dropout)
         self.project: nn.Module = nn.Identity()
         if reduced:
             self.classifier = nn.Conv2d(out_channels, num_classes, 1)

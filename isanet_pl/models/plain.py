@@ -1,8 +1,8 @@
 """ISA as it is published, step by step: the yardstick of tests and benchmarks, not used to train.
 
-It computes what `attention.ISAModule` computes, from the same parameters, in the way of the authors'
-code and of mmsegmentation: regroup all channels before each stage and back after it, project the
-regrouped maps, concatenate. `plain_forward` replaces a module's forward.
+It computes what `attention.ISAModule` computes, from the same parameters, in the way of the
+authors' code and of mmsegmentation: regroup all channels before each stage and back after it,
+project the regrouped maps, concatenate.
 """
 
 import torch
