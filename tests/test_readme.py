@@ -43,7 +43,8 @@ def test_commands_parse(command, monkeypatch, capsys, tmp_path):
         re.sub(r"runs/([\w-]+)/version_\d+/config\.yaml", r"configs/\1.yaml", part)
         for part in command[1:]
     ]
-    arguments = [str(checkpoint) if part == "best.ckpt" else part for part in arguments]
+    stand_ins = {"best.ckpt": str(checkpoint), "my.yaml": "configs/quickstart.yaml"}
+    arguments = [stand_ins.get(part, part) for part in arguments]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--print_config"])
     assert stop.value.code == 0, capsys.readouterr().err

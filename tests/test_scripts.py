@@ -66,6 +66,23 @@ def test_results_refuses_a_readme_without_markers(workplace):
     assert "lacks the lines" in done.stderr
 
 
+def test_benchmark_data_writes_its_table(tmp_path, small_camvid):
+    marks = "<!-- data benchmark: written by a script -->", "<!-- end of data benchmark -->"
+    (tmp_path / "README.md").write_text("\n".join(["before", *marks, "after"]))
+    small = ("--size", 64, 128, "--crop", 32, 64, "--count", 2, "--rounds", 2)
+    files = ("--output", "new/data.json", "--readme", "README.md")
+    done = script("benchmark_data.py", *small, *files, "--camvid", small_camvid, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "new" / "data.json").read_text())
+    assert len(record["ms"]) == 2
+    for rows in record["ms"].values():
+        assert list(rows)[1:] == ["resize, then crop", "crop, then resize", "cached"]
+        assert all(0 < ms["min"] <= ms["median"] <= ms["max"] for ms in rows.values())
+    table = (tmp_path / "README.md").read_text()
+    assert "| PNG 64x128, crop 32x64 | cached |" in table
+    assert table.count("1.00x") >= 2
+
+
 @pytest.mark.parametrize("name", ["setup.sh", "quickstart.sh", "test.sh"])
 def test_shell_scripts_parse(name):
     done = subprocess.run(["bash", "-n", ROOT / "scripts" / name], capture_output=True, text=True)
