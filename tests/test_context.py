@@ -19,8 +19,8 @@ from isanet_pl.models.isanet import Context
 
 MODULES = {
     "none": lambda: NoContext(6, 8),
-    "dense": lambda: DenseAttention(6, 4, 8, 8),
-    "dense_sdpa": lambda: DenseAttention(6, 4, 8, 8, sdpa=True),
+    "dense": lambda: DenseAttention(6, 4, 8),
+    "dense_sdpa": lambda: DenseAttention(6, 4, 8, sdpa=True),
     "ppm": lambda: PyramidPooling(6, 8),
     "aspp": lambda: AtrousPyramid(6, 8),
     "rcca": lambda: RecurrentCrissCross(6, 8),
@@ -119,7 +119,7 @@ def test_dense_attention_against_its_formula():
     block = module.attention
     query, key = block.f_query(x).flatten(2), block.f_key(x).flatten(2)
     affinity = (query.transpose(1, 2) @ key / 2).softmax(-1)  # sqrt(4 channels)
-    context = (block.f_value(x).flatten(2) @ affinity.transpose(1, 2)).view(1, 8, 4, 5)
+    context = (block.f_value(x).flatten(2) @ affinity.transpose(1, 2)).view(1, 4, 4, 5)
     expected = module.conv_bn(torch.cat([x, block.W(context)], 1))
     assert torch.allclose(module(x), expected, atol=1e-10)
 

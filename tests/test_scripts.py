@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +82,63 @@ def test_benchmark_data_writes_its_table(tmp_path, small_camvid):
     table = (tmp_path / "README.md").read_text()
     assert "| PNG 64x128, crop 32x64 | cached |" in table
     assert table.count("1.00x") >= 2
+
+
+@pytest.fixture
+def scripts_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+
+def test_benchmark_efficiency_writes_everything(tmp_path):
+    marks = "<!-- efficiency: written by a script -->", "<!-- end of efficiency -->"
+    (tmp_path / "README.md").write_text("\n".join(["before", *marks, "after"]))
+    small = ("--size", 9, 8, "--train", "--rounds", 1, "--growth", 8, 12, "--forms", "direct")
+    only = ("--only", "ISA", "ISA, plain formulation", "dense attention")
+    files = ("--output", "new/efficiency", "--readme", "README.md")
+    done = script("benchmark_efficiency.py", *small, *only, *files, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "new" / "efficiency"
+    names = ["efficiency.json", "efficiency.md", "growth.csv", "growth.png", "heads.csv"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    rows = json.loads((folder / "efficiency.json").read_text())["heads"]
+    assert [(row["head"], row["mode"]) for row in rows] == [
+        (head, mode) for mode in ("inference", "training") for head in only[1:]
+    ]
+    assert all(row["min"] <= row["median"] <= row["max"] for row in rows)
+    assert all((row["saved_mib"] or 0) > 0 for row in rows if row["mode"] == "training")
+    assert "| ISA, plain formulation |" in (tmp_path / "README.md").read_text()
+
+
+def test_benchmark_counts_the_published_arithmetic(scripts_on_path):
+    # Arithmetic of the authors' code at 128x128 positions, conv3x3 included.
+    from benchmark_efficiency import heads
+    from measuring import gmacs
+
+    x = torch.empty(1, 2048, 128, 128, device="meta")
+    found = {}
+    for name, head in heads("reduced").items():
+        head = head.eval().to("meta")
+        with torch.no_grad():
+            found[name] = gmacs(lambda head=head: head(x))
+    assert found["ISA"] == pytest.approx(197.3, abs=0.05)
+    assert found["ISA, plain formulation"] == pytest.approx(197.3, abs=0.05)
+    assert found["dense attention"] == pytest.approx(311.4, abs=0.05)
+    assert found["dense attention, SDPA"] == pytest.approx(311.4, abs=0.05)
+
+
+def test_peak_memory_is_that_of_live_tensors(scripts_on_path):
+    from measuring import peak_mib
+
+    x = torch.zeros(2**18)  # 1 MiB
+
+    def call():
+        a = x + 1
+        b = a + 1
+        del a
+        c = b + 1  # takes the place of a
+        return (c * 2).sum()
+
+    assert peak_mib(call) == pytest.approx(3, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["setup.sh", "quickstart.sh", "test.sh"])

@@ -41,8 +41,7 @@ class DenseAttention(nn.Module):
 
     Args:
         in_channels: Channels of the input.
-        key_channels: Channels of key and query.
-        value_channels: Channels of the value.
+        key_channels: Channels of key, query and, as in OCNet, value.
         out_channels: Channels of the output.
         dropout: Probability of Dropout2d on the output.
         sdpa: Use PyTorch's fused attention; the papers' code stores the affinity.
@@ -52,14 +51,13 @@ class DenseAttention(nn.Module):
         self,
         in_channels: int,
         key_channels: int,
-        value_channels: int,
         out_channels: int,
         dropout: float = 0.0,
         sdpa: bool = False,
     ) -> None:
         super().__init__()
         self.attention = SelfAttentionBlock2D(
-            in_channels, key_channels, value_channels, out_channels, recompute=False, sdpa=sdpa
+            in_channels, key_channels, key_channels, out_channels, recompute=False, sdpa=sdpa
         )
         self.conv_bn = conv_bn_relu(in_channels + out_channels, out_channels)
         self.dropout = nn.Dropout2d(dropout)

@@ -158,11 +158,13 @@ class ISANet(nn.Module):
         if reduced:
             self.reduce = conv_bn_relu(channels, out_channels, 3, negative_slope)
             channels = out_channels
-        widths = (channels, key_channels, value_channels, out_channels)
         self.context: nn.Module
         if context == "isa":
             self.context = ISAModule(
-                *widths,
+                channels,
+                key_channels,
+                value_channels,
+                out_channels,
                 down_factors,
                 dropout,
                 value_bias=value_bias,
@@ -172,7 +174,9 @@ class ISANet(nn.Module):
                 negative_slope=negative_slope,
             )
         elif context in ("dense", "dense_sdpa"):
-            self.context = DenseAttention(*widths, dropout, sdpa=context == "dense_sdpa")
+            self.context = DenseAttention(
+                channels, key_channels, out_channels, dropout, sdpa=context == "dense_sdpa"
+            )
         else:
             self.context = OTHER_CONTEXTS[context](channels, out_channels, dropout)
         self.project: nn.Module = nn.Identity()

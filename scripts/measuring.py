@@ -1,0 +1,119 @@
+"""Time, memory and arithmetic of a call, for the benchmarks."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+Call = Callable[[], object]
+
+
+def alternate(calls: Mapping[str, Call], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Returns milliseconds of each call in each round.
+
+    The calls take turns, so that whatever else the machine does meets all of them.
+
+    Args:
+        calls: What to time.
+        rounds: How often.
+        warmup: Calls before that, each.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(warmup + rounds):
+        for name, call in calls.items():
+            _synchronise()
+            start = time.perf_counter()
+            call()
+            _synchronise()
+            if number >= warmup:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    """Returns median, least and most."""
+    return {"median": statistics.median(times), "min": min(times), "max": max(times)}
+
+
+def gmacs(call: Call) -> float:
+    """Returns billions of multiply-adds of convs and matrix products, attention included."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 2e9
+
+
+def peak_mib(call: Call) -> float:
+    """Returns the most MiB of tensors that a call has alive at once, beyond those before it.
+
+    On a GPU by its allocator, on a CPU by the allocations that PyTorch's profiler sees.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        call()
+    results = getattr(trace.profiler, "kineto_results", None)
+    assert results is not None
+    events = [e for e in results.events() if e.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most / 2**20
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps what the profiler's libraries print from the terminal."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def saved_mib(run: Callable[[Tensor], object], x: Tensor, module: nn.Module) -> float:
+    """Returns the MiB that autograd keeps for the backward pass, without input and parameters."""
+    own = [x, *module.parameters(), *module.buffers()]
+    known = {tensor.untyped_storage().data_ptr() for tensor in own}
+    sizes: dict[int, int] = {}
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)  # so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run(x)
+    del result
+    return sum(sizes.values()) / 2**20
+
+
+def conv_ceiling(size: tuple[int, int], dtype: torch.dtype, device: str, rounds: int = 5) -> float:
+    """Returns the best GMAC/s of a conv1x1 of the head's width, 2048 to 512, channels_last."""
+    x = torch.randn(1, 2048, *size, device=device, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(512, 2048, 1, 1, device=device, dtype=dtype)
+    with torch.inference_mode():
+        times = alternate({"conv": lambda: nn.functional.conv2d(x, weight)}, rounds)["conv"]
+    return 2048 * 512 * size[0] * size[1] / 1e6 / min(times)
