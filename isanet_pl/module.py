@@ -63,6 +63,7 @@ class SegmentationModule(pl.LightningModule):
         scale_lr: Scale the learning rate linearly with the images of a step, from
             `reference_batch_size`.
         inference: How images are seen in validate, test and predict.
+        compile: Train the network through torch.compile: its first steps take minutes.
 
     Raises:
         InputError: There are not as many class weights as classes, or `scale_lr` lacks its
@@ -89,6 +90,7 @@ class SegmentationModule(pl.LightningModule):
         reference_batch_size: int | None = None,
         scale_lr: bool = False,
         inference: Inference = Inference(),
+        compile: bool = False,
     ) -> None:
         super().__init__()
         num_classes = len(class_names)
@@ -113,6 +115,7 @@ class SegmentationModule(pl.LightningModule):
         self.reference_batch_size = reference_batch_size
         self.scale_lr = scale_lr
         self.inference = inference
+        self.compile_network = compile
         self.predict_probabilities = False
         object.__setattr__(self, "deployed", None)
         self.loaded_step = 0
@@ -142,6 +145,11 @@ class SegmentationModule(pl.LightningModule):
             batch_size=len(batch["image"]),
         )
         return loss, outputs["out"]
+
+    def setup(self, stage: str) -> None:
+        """Compiles the network for training, in place: the names of its weights stay."""
+        if self.compile_network and stage == "fit":
+            self.network.compile()
 
     def _forward(self, image: Tensor) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = self.network(self.network.normalise(image))

@@ -250,3 +250,26 @@ def test_precisions_train(tmp_path, precision):
     make_trainer(tmp_path, max_steps=2, precision=precision).fit(module, make_loader())
     assert all(p.isfinite().all() for p in module.parameters())
     assert module.network.classifier.weight.dtype == torch.float32
+
+
+def test_compiled_network_computes_the_same_under_the_same_names(monkeypatch):
+    # The graph is captured as for real; only the generation of machine code, which takes a minute,
+    # is left out.
+    compile_for_real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compile_for_real(f, backend="eager"))
+    plain, compiled = make_module().double(), make_module(compile=True).double()
+    compiled.load_state_dict(plain.state_dict())
+    names = list(plain.state_dict())
+    compiled.setup("fit")
+    assert list(compiled.state_dict()) == names
+    batch = next(iter(make_loader()))
+    results = []
+    for module in (plain, compiled):
+        module.network.train()
+        out = module.network(module.network.normalise(batch["image"]))["out"]
+        out.square().sum().backward()
+        results.append([out, *(p.grad for p in module.network.parameters())])
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
+    assert compiled.network._compiled_call_impl is not None
+    assert plain.network._compiled_call_impl is None

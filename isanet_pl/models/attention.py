@@ -250,7 +250,8 @@ class SelfAttentionBlock2D(nn.Module):
             query, key, value = regroup(query), regroup(key), regroup(value)
         if self.f_value.bias is not None:
             value = value + self.f_value.bias[:, None, None]
-        if self.recompute and self.training and torch.is_grad_enabled():
+        again = self.recompute and self.training and torch.is_grad_enabled()
+        if again and not torch.compiler.is_compiling():  # which decides by itself what to keep
             norms = [m for m in (*self.f_query, *self.f_key) if isinstance(m, _BatchNorm)]
             out: Tensor = checkpoint(
                 self._attend_and_project,
