@@ -27,7 +27,6 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from isanet_pl.models import ISAModule, ISANet, fuse_for_inference
-from isanet_pl.models.attention import conv_bn_relu
 from isanet_pl.models.context import (
     AtrousPyramid,
     DenseAttention,
@@ -35,6 +34,7 @@ from isanet_pl.models.context import (
     PyramidPooling,
     RecurrentCrissCross,
 )
+from isanet_pl.models.layers import conv_bn_relu
 from isanet_pl.models.plain import plain_forward
 
 WIDTHS = (256, 512, 512)  # key, value, output

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from isanet_pl.models import ISABlock, ISAModule, SelfAttentionBlock2D
-from isanet_pl.models.attention import conv_bn_relu
+from isanet_pl.models.layers import conv_bn_relu
 
 
 @pytest.fixture(autouse=True)

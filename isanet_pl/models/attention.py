@@ -28,46 +28,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from isanet_pl.models.layers import conv_bn_relu, mix
+
 Along = Literal["all", "places", "windows"]
 AttentionOrder = Literal["long_short", "short_long", "long", "short"]
-
-
-def activation(negative_slope: float) -> nn.Module:
-    """Returns ReLU, or leaky ReLU if the slope below zero is not 0."""
-    return nn.LeakyReLU(negative_slope, inplace=True) if negative_slope else nn.ReLU(inplace=True)
-
-
-def conv_bn_relu(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int = 1,
-    negative_slope: float = 0.0,
-    dilation: int = 1,
-) -> nn.Sequential:
-    """Returns conv (same padding, no bias), BatchNorm, (leaky) ReLU, numbered 0, 1, 2."""
-    padding = dilation * (kernel_size // 2)
-    return nn.Sequential(
-        nn.Conv2d(
-            in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False
-        ),
-        nn.BatchNorm2d(out_channels),
-        activation(negative_slope),
-    )
-
-
-def mix(layers: nn.Sequential, parts: Sequence[Tensor]) -> Tensor:
-    """Returns `layers`, a conv and what follows it, of the concatenation of maps (N, C_i, H, W).
-
-    The conv of a concatenation is the sum of convs of the parts, which spares its copy.
-    """
-    conv = layers[0]
-    assert isinstance(conv, nn.Conv2d)
-    weights = torch.split(conv.weight, [part.shape[1] for part in parts], dim=1)
-    mixed = F.conv2d(parts[0], weights[0], conv.bias, padding=conv.padding)
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        mixed = mixed.add_(F.conv2d(part, weight, padding=conv.padding))
-    out: Tensor = layers[1:](mixed)
-    return out
 
 
 def attend(

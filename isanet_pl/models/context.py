@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isanet_pl.models.attention import SelfAttentionBlock2D, conv_bn_relu, mix
+from isanet_pl.models.attention import SelfAttentionBlock2D
+from isanet_pl.models.layers import conv_bn_relu, mix
 
 
 class NoContext(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from isanet_pl.inference import Inference
-from isanet_pl.models.attention import AttentionOrder, ISAModule, activation, conv_bn_relu
+from isanet_pl.models.attention import AttentionOrder, ISAModule
 from isanet_pl.models.backbone import Backbone
 from isanet_pl.models.context import (
     AtrousPyramid,
@@ -20,6 +20,7 @@ from isanet_pl.models.context import (
     PyramidPooling,
     RecurrentCrissCross,
 )
+from isanet_pl.models.layers import activation, conv_bn_relu
 
 Form = Literal["direct", "reduced"]
 Context = Literal["isa", "none", "dense", "dense_sdpa", "ppm", "aspp", "rcca"]
