@@ -12,11 +12,14 @@ memory; run it once as it is, and once with jemalloc (README, Runs), which shows
 import argparse
 import copy
 import csv
+import importlib.util
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -77,11 +80,20 @@ def heads(form: str) -> dict[str, nn.Module]:
 
 
 def _mmsegmentation() -> dict[str, nn.Module]:
-    """Returns mmsegmentation's head where it is installed."""
-    try:
-        from mmseg.models.decode_heads import ISAHead
-    except ImportError:
+    """Returns mmsegmentation's head where it is installed (scripts/setup_peer.sh)."""
+    if importlib.util.find_spec("mmseg") is None:
         return {}
+
+    class Operators(ModuleType):
+        """Stands for mmcv's compiled operators, which ISANet does without but mmseg imports."""
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {})
+
+    sys.modules.setdefault("mmcv.ops", Operators("mmcv.ops"))
+    from mmseg.models.decode_heads import ISAHead
 
     class Features(ISAHead):  # type: ignore[misc]
         """Returns the features that its classifier gets."""
@@ -200,38 +212,85 @@ def measure_growth(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
+class Peer(nn.Module):
+    """Returns what `ISANet` returns, by mmsegmentation's network with a ResNet-50."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import mmseg
+        from mmengine.config import Config
+        from mmengine.model import revert_sync_batchnorm
+        from mmengine.registry import init_default_scope
+        from mmseg.registry import MODELS
+
+        init_default_scope("mmseg")
+        folder = Path(mmseg.__file__).parent / ".mim/configs/_base_/models"
+        config = Config.fromfile(folder / "isanet_r50-d8.py").model
+        config.update(pretrained=None, data_preprocessor=None)
+        self.model = revert_sync_batchnorm(MODELS.build(config))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Returns logits at the input's size; in training of the auxiliary head as well."""
+        features = self.model.extract_feat(x)
+        outputs = {"out": self.model.decode_head(features)}
+        if self.training:
+            outputs["aux"] = self.model.auxiliary_head(features)
+        size = x.shape[2:]
+        return {
+            name: nn.functional.interpolate(logits, size, mode="bilinear")
+            for name, logits in outputs.items()
+        }
+
+
 def measure_networks(args: argparse.Namespace) -> list[Row]:
     """Returns images/s of whole networks, in training and inference."""
+    networks: dict[str, nn.Module] = {
+        f"ISANet {name}": ISANet(19, name, form="reduced") for name in args.backbones
+    }
+    if _mmsegmentation():
+        networks["mmsegmentation's ISANet resnet50c"] = Peer()
+    sizes = list(zip(args.network_sizes[::2], args.network_sizes[1::2], strict=True))
     rows = []
-    cells = [(b, s) for b in args.backbones for s in ((512, 1024), (769, 769))]
-    for backbone, size in track(cells, "networks", transient=True):
-        network = ISANet(19, backbone, form="reduced").to(args.device)
-        network = network.to(memory_format=torch.channels_last)
-        image = torch.randint(256, (2, 3, *size), dtype=torch.uint8, device=args.device)
-        x = network.normalise(image)
-        fused = fuse_for_inference(network)
-
-        def infer(fused: ISANet = fused, x: Tensor = x[:1]) -> None:
-            with (
-                torch.inference_mode(),
-                torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32"),
-            ):
-                fused(x)
-
-        def train(network: ISANet = network, x: Tensor = x) -> None:
-            with torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32"):
-                outputs = network.train()(x)
-            sum(out.float().mean() for out in outputs.values()).backward()
-            network.zero_grad(set_to_none=True)
-
-        for mode, call, count in (("inference", infer, 1), ("training", train, 2)):
-            times = alternate({"call": call}, 3, warmup=1)["call"]
+    for mode, size in track(
+        [(mode, size) for mode in ("inference", "training") for size in sizes], "networks"
+    ):
+        batch = 2 if mode == "training" else 1
+        calls = {
+            name: _network_call(network, torch.randn(batch, 3, *size), mode, args)
+            for name, network in networks.items()
+        }
+        for name, times in alternate(calls, args.network_rounds, warmup=1).items():
             rows.append(
-                {"backbone": backbone, "size": f"{size[0]}x{size[1]}", "mode": mode,
-                 "batch": count, "images_per_s": 1000 * count / spread(times)["median"],
-                 "peak_mib": peak_mib(call)}
+                {"network": name, "size": f"{size[0]}x{size[1]}", "mode": mode, "batch": batch,
+                 "dtype": args.dtype, "images_per_s": 1000 * batch / spread(times)["median"],
+                 "peak_mib": peak_mib(calls[name]), **spread(times)}
             )  # fmt: skip
     return rows
+
+
+def _network_call(
+    network: nn.Module, x: Tensor, mode: str, args: argparse.Namespace
+) -> Callable[[], object]:
+    """Returns a training step or an inference of a network, ours as it is deployed."""
+    network, x = copy.deepcopy(network).to(args.device), x.to(args.device)
+    if isinstance(network, ISANet):
+        network = fuse_for_inference(network) if mode == "inference" else network
+        network = network.to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+    network.train(mode == "training")
+    mixed = torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32")
+
+    def infer() -> None:
+        with torch.inference_mode(), mixed:
+            network(x)
+
+    def train() -> None:
+        with mixed:
+            outputs = network(x)
+        sum(out.float().mean() for out in outputs.values()).backward()
+        network.zero_grad(set_to_none=True)
+
+    return infer if mode == "inference" else train
 
 
 def head_table(rows: Sequence[Row]) -> str:
@@ -262,13 +321,11 @@ def head_table(rows: Sequence[Row]) -> str:
 
 def network_table(rows: Sequence[Row]) -> str:
     """Returns Markdown of the whole networks."""
-    lines = [
-        "| network (reduced form) | size | mode | images/s | peak MiB |",
-        "|---|---|---|---|---|",
-    ]
+    head = "| network (reduced form) | size | mode | dtype | images/s | peak MiB |"
+    lines = [head, "|" + "---|" * 6]
     lines += [
-        f"| ISANet {row['backbone']} | {row['size']} | {row['mode']}, batch {row['batch']} "
-        f"| {row['images_per_s']:.2f} | {row['peak_mib']:.0f} |"
+        f"| {row['network']} | {row['size']} | {row['mode']}, batch {row['batch']} "
+        f"| {row['dtype']} | {row['images_per_s']:.2f} | {row['peak_mib']:.0f} |"
         for row in rows
     ]
     return "\n".join(lines)
@@ -363,6 +420,9 @@ def parse() -> argparse.Namespace:
                         help="edges of the growth sweep; none: no sweep")  # fmt: skip
     parser.add_argument("--networks", action="store_true", help="measure whole networks as well")
     parser.add_argument("--backbones", nargs="*", default=["resnet18", "resnet50", "resnet101"])
+    parser.add_argument("--network_sizes", type=int, nargs="*", default=[512, 1024, 769, 769],
+                        metavar="H W", help="of the images, in pairs")  # fmt: skip
+    parser.add_argument("--network_rounds", type=int, default=3, help="timed calls of each network")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each head")
     parser.add_argument("--output", type=Path, default=Path("runs/efficiency"), help="folder")
     parser.add_argument("--readme", type=Path, help="README whose section is to be replaced")
