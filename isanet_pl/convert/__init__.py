@@ -1,0 +1,21 @@
+"""Checkpoints of mmsegmentation and of the authors (openseg.pytorch) as ours, ours as theirs.
+
+What the weights alone do not say travels with them: how the network is built (stem, order of the
+concatenation, activation, rounding, corners), how its input is normalised, how images are shown to
+it, and what its classes are. So the outputs are equal, to rounding.
+"""
+
+from isanet_pl.convert.mmseg import read_mmseg
+from isanet_pl.convert.openseg import read_openseg
+from isanet_pl.convert.to_mmseg import write_mmseg
+from isanet_pl.convert.trained import DATA_SETS, Trained, read_checkpoint, write_checkpoint
+
+__all__ = [
+    "DATA_SETS",
+    "Trained",
+    "read_checkpoint",
+    "read_mmseg",
+    "read_openseg",
+    "write_checkpoint",
+    "write_mmseg",
+]
