@@ -63,10 +63,10 @@ class Inference:
         scales: Each view's size, as a factor; the field's multi-scale protocol is
             [0.5, 0.75, 1, 1.25, 1.5, 1.75].
         flip: Average with the mirrored image as well.
-        pad_multiple: Pad the whole image, on the right and at the bottom, to a multiple of this, and
-            crop the logits. None: the network's output stride, so that features lie as they did
-            under training crops; but with `align_corners`, which is exact for multiples plus one,
-            nothing. 1 pads nothing, as in mmsegmentation.
+        pad_multiple: Pad the whole image, on the right and at the bottom, to a multiple of this,
+            and crop the logits. None: the network's output stride, so that features lie as they
+            did under training crops; but with `align_corners`, which is exact for multiples plus
+            one, nothing. 1 pads nothing, as in mmsegmentation.
         base_size: (long, short) edge that images are scaled to; the command line takes it from the
             data.
         mirrored_classes: Pairs of classes that a flip turns into each other; the command line takes
