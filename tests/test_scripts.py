@@ -141,7 +141,7 @@ def test_peak_memory_is_that_of_live_tensors(scripts_on_path):
     assert peak_mib(call) == pytest.approx(3, abs=0.01)
 
 
-@pytest.mark.parametrize("name", ["setup.sh", "quickstart.sh", "test.sh"])
+@pytest.mark.parametrize("name", ["setup.sh", "setup_peer.sh", "quickstart.sh", "test.sh"])
 def test_shell_scripts_parse(name):
     done = subprocess.run(["bash", "-n", ROOT / "scripts" / name], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
