@@ -19,6 +19,15 @@ from torch import Tensor
 from isanet_pl.pictures import draw_panels
 
 
+def run_folder(trainer: pl.Trainer) -> Path | None:
+    """Returns the folder of the run, on the first process; None if nothing is logged.
+
+    `trainer.log_dir` would wait for the other processes, which do not ask for it.
+    """
+    folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
+    return next((Path(folder) for folder in folders if folder), None)
+
+
 class Progress(pl.Callback):
     """Logs learning rates and images/s to the progress bar and the logger.
 
@@ -116,9 +125,9 @@ class ResultTable(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Removes the run folder if nothing was written to it, as when the data is refused."""
-        folder = trainer.log_dir if trainer.is_global_zero else None
-        if folder is not None and Path(folder).is_dir() and not any(Path(folder).iterdir()):
-            Path(folder).rmdir()
+        folder = run_folder(trainer) if trainer.is_global_zero else None
+        if folder is not None and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
     @rank_zero_only
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -130,7 +139,8 @@ class ResultTable(pl.Callback):
         if "miou" not in scores:
             return  # a fit without any validation
         Console(width=None if sys.stdout.isatty() else 80).print(_table(stage, scores))
-        if trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
+        folder = run_folder(trainer)
+        if trainer.fast_dev_run or folder is None:  # type: ignore[attr-defined]
             return
         record = {
             "command": " ".join(["isanet-pl", *sys.argv[1:]]),
@@ -142,7 +152,7 @@ class ResultTable(pl.Callback):
             "parameters": sum(p.numel() for p in pl_module.parameters()),
             "scores": {k: None if math.isnan(v) else round(v, 6) for k, v in scores.items()},
         }
-        path = Path(trainer.log_dir) / "results.json"
+        path = folder / "results.json"
         path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         print(f"written to {path.parent}")
 
@@ -231,9 +241,10 @@ class PredictionPanels(pl.Callback):
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         rows, self.rows = self.rows, []
-        if not rows or trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
+        run = run_folder(trainer)
+        if not rows or trainer.fast_dev_run or run is None:  # type: ignore[attr-defined]
             return
-        folder = Path(trainer.log_dir) / "panels"
+        folder = run / "panels"
         folder.mkdir(parents=True, exist_ok=True)
         figure = draw_panels(rows, pl_module.class_names, pl_module.palette)  # type: ignore[arg-type]
         figure.savefig(folder / f"{stage}_step={pl_module.trained_steps:06d}.png")

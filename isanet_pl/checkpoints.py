@@ -14,15 +14,18 @@ LINKED_NETWORK = ("num_classes",)
 LINKED_INFERENCE = ("base_size", "mirrored_classes")
 
 
-def check_file(path: str) -> None:
-    """Returns nothing if there is a file that can be a checkpoint.
+def check_file(path: str, command: str) -> None:
+    """Returns nothing if there is a file that can be a checkpoint for a command.
 
     Raises:
         InputError: There is none.
     """
     if not Path(path).is_file():
         raise InputError(f"checkpoint not found: --ckpt_path {path}")
-    if not is_onnx(path) and not zipfile.is_zipfile(path):
+    if is_onnx(path):
+        if command in ("fit", "export"):
+            raise InputError(f"{command} needs a checkpoint; {path} is an exported network")
+    elif not zipfile.is_zipfile(path):
         raise InputError(f"{path} is not a checkpoint, or is truncated")
 
 
@@ -39,7 +42,7 @@ def _describe(path: str) -> dict[str, Any]:
     return description
 
 
-def config_of(path: str) -> dict[str, Any]:
+def config_of(path: str, command: str) -> dict[str, Any]:
     """Returns the config that a checkpoint stands for: network, how it sees images, classes.
 
     The classes come as the data set `Images`, which can only predict.
@@ -47,11 +50,12 @@ def config_of(path: str) -> dict[str, Any]:
     Args:
         path: A checkpoint of `isanet-pl fit`, or a converted one, or an ONNX file of `isanet-pl
             export`. Nothing in it is executed.
+        command: What it is for.
 
     Raises:
         InputError: The file is no checkpoint of this project.
     """
-    check_file(path)
+    check_file(path, command)
     try:
         saved = _describe(path)
         network = {k: v for k, v in saved["network"].items() if k not in LINKED_NETWORK}

@@ -121,7 +121,7 @@ class SegmentationCLI(LightningCLI):
             return args
         at = options.index("--ckpt_path")
         path = args[at].split("=", 1)[1] if "=" in args[at] else "".join(args[at + 1 : at + 2])
-        config = config_of(path)
+        config = config_of(path, args[0])
         if args[0] in ("predict", "export") and "--data" not in options:
             return [args[0], "--config", json.dumps(config), *args[1:]]
         # The user's data set knows its classes; images come to the size that was trained for.
@@ -153,7 +153,7 @@ class SegmentationCLI(LightningCLI):
             if self.subcommand != "fit":
                 raise InputError(f"{self.subcommand} needs trained weights: --ckpt_path FILE")
         else:
-            check_file(checkpoint)
+            check_file(checkpoint, self.subcommand)
         network = config.model.network
         wanted = network.weights_path, network.pretrained
         if checkpoint is not None:

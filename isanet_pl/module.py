@@ -361,5 +361,15 @@ class SegmentationModule(pl.LightningModule):
                 "the checkpoint holds another network than the config describes; change the "
                 "config or use the run's own config.yaml:\n  " + "\n  ".join(differences)
             )
+        own = self.state_dict()
+        given = checkpoint.get("state_dict", {})
+        wrong = sorted(own.keys() ^ given.keys()) + [
+            key for key in own.keys() & given.keys() if own[key].shape != given[key].shape
+        ]
+        if wrong:
+            raise InputError(
+                f"the checkpoint is damaged, or of another version: {len(wrong)} of its "
+                f"{len(own)} tensors are missing, left over or of another shape, such as {wrong[0]}"
+            )
         self.network.backbone.loaded = frozenset(checkpoint.get("pretrained_names", ()))
         self.loaded_step = int(checkpoint.get("global_step", 0))

@@ -11,8 +11,10 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
+from isanet_pl.data import Images
 from isanet_pl.errors import InputError
 from isanet_pl.pictures import overlay
 
@@ -34,6 +36,9 @@ class PredictionWriter(pl.Callback):
             of Cityscapes (label ids) and ADE20K (1..150) take them; give the data set with --data.
     """
 
+    EVERY_SECONDS = 10.0
+    """Between two lines of progress."""
+
     def __init__(
         self,
         output: str | None = None,
@@ -45,13 +50,10 @@ class PredictionWriter(pl.Callback):
         self.server_format = server_format
         self.checkpoint: Path | None = None
         """What is loaded; the trainer knows it only later than the folder is claimed."""
+        self.folder = Path("predictions")
         self.errors: list[str] = []
         self.written = 0
         self.start = self.printed = 0.0
-
-    def folder(self, trainer: pl.Trainer) -> Path:
-        """Returns the folder that predictions go to."""
-        return Path(self.output or Path(trainer.log_dir or ".") / "predictions")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Claims the folder before `predict`.
@@ -61,12 +63,19 @@ class PredictionWriter(pl.Callback):
         """
         if stage != "predict":
             return
+        if self.server_format and isinstance(trainer.datamodule, Images):  # type: ignore[attr-defined]
+            raise InputError(
+                "--predictions.server_format needs the data set whose codes are wanted: --data "
+                "Cityscapes or --data ADE20K"
+            )
+        # All processes ask for it together, as the first one knows it.
+        self.folder = Path(self.output or Path(trainer.log_dir or ".") / "predictions")
         self.errors, self.written = [], 0
         self.start = self.printed = time.monotonic()
         pl_module.predict_probabilities = self.probabilities  # type: ignore[assignment]
         if not trainer.is_global_zero:
             return
-        path = self.folder(trainer) / "model.json"
+        path = self.folder / "model.json"
         model = self._describe(pl_module)
         try:
             if path.is_file() and json.loads(path.read_text("utf-8")) != model:
@@ -108,13 +117,12 @@ class PredictionWriter(pl.Callback):
         for i, classes in enumerate(outputs.get("classes", ())):
             name = batch["name"][i]
             colours = overlay(batch["image"][i], classes, pl_module.palette)  # type: ignore[arg-type]
-            self._save(trainer, f"overlays/{name}.png", _png(Image.fromarray(colours)))
+            self._save(f"overlays/{name}.png", _png(Image.fromarray(colours)))
             if self.probabilities:
                 values = outputs["probabilities"][i].cpu().numpy()
-                save = _npz(values)
-                self._save(trainer, f"probabilities/{name}.npz", save)
+                self._save(f"probabilities/{name}.npz", _npz(values))
             mask = self._mask(trainer, pl_module, classes.cpu().numpy().astype(np.uint8))
-            self._save(trainer, f"masks/{name}.png", _png(mask))
+            self._save(f"masks/{name}.png", _png(mask))
             self.written += 1
         self._print_now_and_then(trainer, batch_idx + 1)
 
@@ -128,8 +136,8 @@ class PredictionWriter(pl.Callback):
         mask.putpalette([value for colour in pl_module.palette for value in colour])
         return mask
 
-    def _save(self, trainer: pl.Trainer, name: str, save: Callable[[Path], Any]) -> None:
-        path = self.folder(trainer) / name
+    def _save(self, name: str, save: Callable[[Path], Any]) -> None:
+        path = self.folder / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(path, save)
@@ -140,10 +148,10 @@ class PredictionWriter(pl.Callback):
             ) from error
 
     def _print_now_and_then(self, trainer: pl.Trainer, done: int) -> None:
-        """Prints a line every ten seconds where there is no terminal to draw a bar on."""
+        """Prints a line now and then where there is no terminal to draw a bar on."""
         now = time.monotonic()
         bar = sys.stdout.isatty() or trainer.progress_bar_callback is None
-        if bar or not trainer.is_global_zero or now - self.printed < 10:
+        if bar or not trainer.is_global_zero or now - self.printed < self.EVERY_SECONDS:
             return
         self.printed = now
         total = int(sum(trainer.num_predict_batches))
@@ -157,23 +165,28 @@ class PredictionWriter(pl.Callback):
         Raises:
             InputError: Some images could not be read; all others are written.
         """
-        trainer.strategy.barrier()
-        folder = self.folder(trainer)
+        parts = [(self.written, self.errors)]
+        if trainer.world_size > 1:
+            parts = [(0, [])] * trainer.world_size
+            torch.distributed.all_gather_object(parts, (self.written, self.errors))
+        written = sum(count for count, _ in parts)
+        errors = [error for _, some in parts for error in some]
         if trainer.is_global_zero:
             total = self._write_shares(trainer, pl_module)
-            speed = self.written / max(1e-9, time.monotonic() - self.start)
-            print(f"{self.written} images done ({speed:.1f} images/s), {folder} now holds {total}")
-        if self.errors:
-            more = f"\n  and {len(self.errors) - SHOWN} more" if len(self.errors) > SHOWN else ""
+            speed = written / max(1e-9, time.monotonic() - self.start)
+            print(f"{written} images done ({speed:.1f} images/s), {self.folder} now holds {total}")
+        trainer.strategy.barrier()
+        if errors:
+            more = f"\n  and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
             raise InputError(
-                f"{len(self.errors)} images could not be segmented, the others are in {folder}:\n  "
-                + "\n  ".join(self.errors[:SHOWN])
+                f"{len(errors)} images could not be segmented, the others are in {self.folder}:\n  "
+                + "\n  ".join(errors[:SHOWN])
                 + more
             )
 
     def _write_shares(self, trainer: pl.Trainer, pl_module: Any) -> int:
         """Writes the share of each class in each mask of the folder; returns how many there are."""
-        folder = self.folder(trainer)
+        folder = self.folder
         names = pl_module.class_names
         labels = dict(enumerate(names))
         if self.server_format:

@@ -125,9 +125,11 @@ def prepare(name: str, module: nn.Module, x: Tensor, train: bool) -> tuple[nn.Mo
     return module.to(memory_format=torch.channels_last).train(train), x
 
 
-def measure_heads(args: argparse.Namespace, form: str, size: tuple[int, int]) -> list[Row]:
+def measure_heads(
+    args: argparse.Namespace, dtype_name: str, form: str, size: tuple[int, int]
+) -> list[Row]:
     """Returns a row for each head, for inference and perhaps for training."""
-    device, dtype = args.device, DTYPES[args.dtype]
+    device, dtype = args.device, DTYPES[dtype_name]
     rows: list[Row] = []
     modules = {k: m for k, m in heads(form).items() if not args.only or k in args.only}
     ceiling = conv_ceiling(size, dtype, device)
@@ -156,7 +158,7 @@ def measure_heads(args: argparse.Namespace, form: str, size: tuple[int, int]) ->
             share = work / (spread(times)["min"] / 1000) / ceiling
             rows.append(
                 {"form": form, "size": f"{size[0]}x{size[1]}", "mode": mode, "batch": batch,
-                 "dtype": args.dtype, "head": name, **facts[name], **spread(times),
+                 "dtype": dtype_name, "head": name, **facts[name], **spread(times),
                  "ceiling_share": share}
             )  # fmt: skip
     return rows
@@ -198,7 +200,8 @@ def measure_growth(args: argparse.Namespace) -> list[Row]:
         factors = options.get("down_factors", ((window, window),))
         module = ISAModule(512, *WIDTHS, factors, order=options.get("order", "long_short"))
         ready, x = prepare(name, module, torch.randn(1, 512, size, size, device=args.device), False)
-        ready, x = ready.to(args.device, DTYPES[args.dtype]), x.to(DTYPES[args.dtype])
+        dtype = DTYPES[args.dtype[0]]
+        ready, x = ready.to(args.device, dtype), x.to(dtype)
         call = _inference(ready, x)
         positions = size * size
         pairs = positions**2 if name == "dense attention" else (
@@ -262,7 +265,7 @@ def measure_networks(args: argparse.Namespace) -> list[Row]:
         for name, times in alternate(calls, args.network_rounds, warmup=1).items():
             rows.append(
                 {"network": name, "size": f"{size[0]}x{size[1]}", "mode": mode, "batch": batch,
-                 "dtype": args.dtype, "images_per_s": 1000 * batch / spread(times)["median"],
+                 "dtype": args.dtype[-1], "images_per_s": 1000 * batch / spread(times)["median"],
                  "peak_mib": peak_mib(calls[name]), **spread(times)}
             )  # fmt: skip
     return rows
@@ -278,7 +281,8 @@ def _network_call(
         network = network.to(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
     network.train(mode == "training")
-    mixed = torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32")
+    dtype = DTYPES[args.dtype[-1]]
+    mixed = torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
 
     def infer() -> None:
         with torch.inference_mode(), mixed:
@@ -404,7 +408,7 @@ def parse() -> argparse.Namespace:
     """Returns the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32",
+    parser.add_argument("--dtype", choices=tuple(DTYPES), nargs="+", default=["float32"],
                         help="of inference; training runs under autocast")  # fmt: skip
     parser.add_argument("--forms", nargs="*", choices=("direct", "reduced"),
                         default=["direct", "reduced"], help="of the head")  # fmt: skip
@@ -434,10 +438,10 @@ def main() -> None:
     args = parse()
     torch.manual_seed(0)
     sizes = [tuple(args.size)] if args.size else [(edge, edge) for edge in args.sizes]
-    cells = [(form, size) for form in args.forms for size in sizes]
+    cells = [(d, form, size) for d in args.dtype for form in args.forms for size in sizes]
     rows: list[Row] = []
-    for form, size in track(cells, "heads", transient=True):
-        rows += measure_heads(args, form, size)
+    for cell in track(cells, "heads", transient=True):
+        rows += measure_heads(args, *cell)
     heap = "jemalloc" if "jemalloc" in os.environ.get("LD_PRELOAD", "") else "the system's malloc"
     record = {
         "machine": machine(), "torch": torch.__version__, "heap": heap, "heads": rows,

@@ -175,7 +175,11 @@ def check(options: Namespace) -> int:
         console = Console(width=None if sys.stdout.isatty() else 100)
         pairs, problems = list_splits(data)
         fingerprint = take_fingerprint(data, pairs, options.workers, console)
-        problems += find_problems(fingerprint, data.eval_batch_size)
+        problems += find_problems(
+            fingerprint,
+            data.eval_batch_size,
+            1 if options.suggest_config else data.batch_size,  # a suggestion has its own
+        )
         problems.sort(key=lambda problem: problem.level)
         if fingerprint.splits:
             console.print(split_table(fingerprint.splits), class_table(fingerprint))

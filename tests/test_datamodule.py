@@ -13,7 +13,7 @@ from isanet_pl.data import CamVid, SegmentationFolder
 from isanet_pl.data.cache import DecodedCache
 from isanet_pl.data.colours import Jitter, distort
 from isanet_pl.data.dataset import ImageDataset, code_table, default_palette
-from isanet_pl.data.files import INVALID
+from isanet_pl.data.files import INVALID, read_mask
 
 NAMES = ["road", "car", "tree"]
 
@@ -76,7 +76,12 @@ def test_colours_change_on_the_device_and_with_their_own_jitter(folder):
 
 def test_without_photometric_there_is_no_jitter(folder):
     data = make_data(folder, "fit", photometric=False)
-    for batch in (next(iter(data.train_dataloader())), next(iter(data.val_dataloader()))):
+    evaluated = make_data(folder, "fit")  # with the change of colours on
+    for batch in (
+        next(iter(data.train_dataloader())),
+        next(iter(data.val_dataloader())),
+        next(iter(evaluated.val_dataloader())),
+    ):
         assert "jitter" not in batch
         image = batch["image"].clone()
         assert torch.equal(data.on_after_batch_transfer(batch, 0)["image"], image)
@@ -189,6 +194,22 @@ def test_space_is_needed_for_all_splits_together(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(DecodedCache, "check_space", lambda self, pairs: asked.append(len(pairs)))
     make_data(folder, "fit", cache=str(tmp_path / "cache"))
     assert asked == [6]
+
+
+def test_cache_keeps_readers_apart(folder, tmp_path):
+    class Turned(SegmentationFolder):
+        @staticmethod
+        def read_codes(path):
+            return np.flipud(read_mask(path)).copy()
+
+    options = {"num_workers": 0, "cache": str(tmp_path / "cache")}
+    masks = []
+    for data_class in (SegmentationFolder, Turned):
+        data = data_class(str(folder), NAMES, **options)
+        data.setup("validate")
+        masks.append(data._datasets["val"][0]["mask"])
+    write_mask(folder / "val" / "masks" / "scene0.png", 2)
+    assert torch.equal(masks[0].flipud(), masks[1])
 
 
 def test_cache_that_cannot_be_written_is_refused_before_training(folder, tmp_path):
@@ -455,6 +476,14 @@ def test_predict_gives_every_image_its_own_name(tmp_path):
         Image.new("RGB", (3, 2)).save(tmp_path / name)
     names = [sample["name"] for sample in ImageDataset(tmp_path)]
     assert sorted(names) == ["a.jpg", "a.png", "b.v1", "b.v2", "c", "d/c"]
+
+
+def test_names_stay_apart_whatever_the_files_are_called(tmp_path):
+    for name in ("x.jpg", "x.png", "x.jpg.png", "y.tar.png", "y.jpg"):
+        Image.new("RGB", (3, 3)).save(tmp_path / name)
+    names = [name for _, name in ImageDataset(tmp_path).files]
+    assert len(set(names)) == 5
+    assert set(names) == {"x.jpg", "x.png", "x.jpg.png", "y.tar", "y"}
 
 
 def test_predict_gives_the_pixels_of_the_file(tmp_path):

@@ -148,9 +148,11 @@ def test_a_file_that_answers_otherwise_is_refused(checkpoint, tmp_path, monkeypa
     from isanet_pl import export as module
 
     right = module.onnx_runner
-    monkeypatch.setattr(module, "onnx_runner", lambda path: lambda x: right(path)(x) * 1.001)
-    with pytest.raises(InputError, match=r"other results.*1\.0e-03"):
-        export(checkpoint, tmp_path / "a.onnx", "--size", "[24, 40]")
+    for factor in (1.001, 0.999):
+        wrong = lambda path, factor=factor: lambda x: right(path)(x) * factor  # noqa: E731
+        monkeypatch.setattr(module, "onnx_runner", wrong)
+        with pytest.raises(InputError, match=r"other results.*1\.0e-03"):
+            export(checkpoint, tmp_path / "a.onnx", "--size", "[24, 40]")
 
 
 def test_int8(checkpoint, tmp_path, fixed, capsys):

@@ -171,6 +171,25 @@ def test_base_size_scales_the_image_and_scales_the_scores_back(align_corners):
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(("size", "scale", "seen"), [((3, 5), 0.5, (2, 3)), ((1, 9), 0.3, (1, 3))])
+def test_sizes_are_rounded_half_up_and_never_to_nothing(size, scale, seen):
+    network = Pointwise()
+    Inference(scales=[scale])(network, noise(*size))
+    assert network.sizes == [seen]
+
+
+def test_sums_are_single_precision_whatever_the_network_computes_in():
+    class Half(Pointwise):
+        def __call__(self, x):
+            return {"out": torch.full((len(x), 2, *x.shape[2:]), 1.0078125, dtype=torch.bfloat16)}
+
+    image = noise(8, 8)
+    slid = Inference(mode="slide", crop_size=(4, 4), stride=(1, 1))(Half(), image)
+    assert slid.dtype == torch.float32
+    assert torch.allclose(slid, torch.full_like(slid, 1.0078125))
+    assert Inference(flip=True)(Half(), image).dtype == torch.float32
+
+
 # Averages
 
 

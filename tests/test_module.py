@@ -149,6 +149,17 @@ def test_scaling_needs_a_reference():
         make_module(scale_lr=True)
 
 
+def test_nothing_of_an_evaluation_is_left_for_the_next(tmp_path):
+    module, trainer = make_module(), make_trainer(tmp_path)
+    trainer.validate(module, make_loader(), verbose=False)
+    assert module.deployed is None
+    with torch.no_grad():
+        module.network.classifier.bias.add_(torch.tensor([0.0, 0.0, 100.0]))
+    module.eval()
+    batch = next(iter(make_loader()))
+    assert (module.predict_step(batch, 0)["classes"] == 2).all()  # the weights of now
+
+
 # How evaluation sees images
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from conftest import make_scene
 from PIL import Image
 
 from isanet_pl.cli import main
-from isanet_pl.data import ADE20K, Cityscapes, SegmentationFolder
+from isanet_pl.data import ADE20K, Cityscapes, SegmentationFolder, dataset
 from isanet_pl.errors import InputError
 from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
+from isanet_pl.predictions import PredictionWriter
 
 NAMES = ("sky", "road", "car")
+QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
 PALETTE = ((70, 130, 180), (128, 64, 128), (0, 0, 142))
 
 
@@ -308,6 +311,67 @@ def test_disk_full_in_the_middle(checkpoint, photos, tmp_path, monkeypatch):
     assert not [name for name in files(tmp_path / "out") if "tmp" in name]
 
 
+def test_a_file_that_makes_pillow_raise_anything_is_told(checkpoint, photos, tmp_path, monkeypatch):
+    def fail(path, max_pixels):
+        if path.name == "b.jpg":
+            raise RuntimeError("odd")
+        return read_image(path, max_pixels)
+
+    read_image = dataset.read_image
+    monkeypatch.setattr(dataset, "read_image", fail)
+    with pytest.raises(InputError, match=r"1 images could not .*[\s\S]*b\.jpg: RuntimeError"):
+        predict(checkpoint, photos, tmp_path / "out")
+    assert len(files(tmp_path / "out" / "masks")) == 3
+
+
+def test_an_output_inside_the_input_is_no_input(checkpoint, photos, tmp_path, capsys):
+    for _ in range(3):
+        predict(checkpoint, photos, photos / "found")
+    assert len(files(photos / "found" / "masks")) == 4
+
+
+def test_server_format_needs_to_know_the_codes(checkpoint, photos, tmp_path):
+    with pytest.raises(InputError, match="server_format needs the data set"):
+        predict(checkpoint, photos, tmp_path / "out", "--predictions.server_format", "true")
+
+
+def test_the_mask_is_written_last(checkpoint, photos, tmp_path, monkeypatch):
+    written = []
+    replace = Path.replace
+
+    def note(self, target):
+        written.append(str(target))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", note)
+    predict(checkpoint, photos, tmp_path / "out", "--predictions.probabilities", "true")
+    for name in ("a", "b", "c", "ü"):
+        kinds = [p.split("/")[-2 if name != "ü" else -3] for p in written if f"/{name}." in p]
+        assert kinds[-1] == "masks"
+        assert sorted(kinds) == ["masks", "overlays", "probabilities"]
+
+
+def test_settings_that_change_the_files_are_part_of_the_claim(photos, tmp_path):
+    path = write_checkpoint(tmp_path / "a.ckpt", Cityscapes.class_names)
+    data = ("--data", "Cityscapes")
+    predict(path, photos, tmp_path / "out", *data)
+    with pytest.raises(InputError, match="other settings"):
+        predict(path, photos, tmp_path / "out", *data, "--predictions.server_format", "true")
+    write_checkpoint(path, Cityscapes.class_names, seed=1)  # trained on
+    with pytest.raises(InputError, match="another checkpoint"):
+        predict(path, photos, tmp_path / "out", *data)
+
+
+def test_lines_tell_the_progress_where_there_is_no_terminal(
+    checkpoint, photos, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(PredictionWriter, "EVERY_SECONDS", 0.0)
+    predict(checkpoint, photos, tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "image 1/4" in out
+    assert "image 4/4" in out
+
+
 # A checkpoint as its own config
 
 
@@ -330,6 +394,29 @@ def test_validation_without_a_config(folder, tmp_path):
     assert cli.model.network.form == "reduced"
     assert plain(cli.model.inference) == plain(Inference(flip=True, base_size=(48, 24)))
     assert (tmp_path / "runs" / "a" / "version_0" / "results.json").is_file()
+
+
+def test_left_and_right_classes_travel_with_the_checkpoint(photos, tmp_path):
+    path = write_checkpoint(tmp_path / "a.ckpt", inference={"mirrored_classes": [[1, 2]]})
+    cli = predict(path, photos, tmp_path / "out", "--model.inference.flip", "true")
+    assert plain(cli.model.inference)["mirrored_classes"] == [[1, 2]]
+
+
+def test_a_checkpoint_with_missing_weights_is_refused(checkpoint, photos, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    del content["state_dict"]["network.classifier.bias"]
+    torch.save(content, tmp_path / "cut.ckpt")
+    with pytest.raises(InputError, match=r"1 of its \d+ tensors .* network\.classifier\.bias"):
+        predict(tmp_path / "cut.ckpt", photos, tmp_path / "out")
+    with pytest.raises(ValueError, match="not a checkpoint of isanet-pl"):
+        ISANet.from_checkpoint(tmp_path / "cut.ckpt")
+
+
+@pytest.mark.parametrize("command", ["fit", "export"])
+def test_an_exported_network_is_no_checkpoint(tmp_path, command):
+    (tmp_path / "a.onnx").write_text("")
+    with pytest.raises(InputError, match=f"{command} needs a checkpoint; .* exported"):
+        main([command, "--ckpt_path", str(tmp_path / "a.onnx"), "--config", QUICKSTART])
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path, photos):

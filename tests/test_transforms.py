@@ -302,6 +302,15 @@ def test_crops_without_any_label_are_drawn_again():
     assert varied_share(0.75, ignored=True) > 0.7
 
 
+def test_ignored_pixels_are_no_class_to_vary_with():
+    transform = TrainTransform((8, 8), (1, 1), cat_max_ratio=0.75)
+    mask = torch.zeros(8, 8, dtype=torch.uint8)
+    mask[:, 4:] = 255  # half of the window, but all that is labelled is one class
+    assert not transform._is_varied(mask)
+    mask[4:, :4] = 1
+    assert transform._is_varied(mask)
+
+
 def test_an_image_of_one_class_still_gives_a_crop():
     image, mask = random_pair(40, 40, num_classes=1)
     for value in (0, 255):

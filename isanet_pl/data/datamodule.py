@@ -48,7 +48,8 @@ class SegmentationDataModule(pl.LightningDataModule):
         photometric: Distort colours of training images at random, on the device.
         num_workers: Loader processes; None: one for each core, at most 8.
         eval_batch_size: Validation and test images per step; above 1 all must have one size.
-        predict_dir: Folder of images for `predict`, searched with its sub-folders.
+        predict_dir: Folder of images for `predict`, searched with its sub-folders, but not those
+            that are links.
         predict_output: Folder that predictions are written to; images that have a mask there are
             left out. The command line takes it from --output.
         max_pixels: Larger images are refused by `predict`; the default is Pillow's limit against
@@ -181,7 +182,10 @@ class SegmentationDataModule(pl.LightningDataModule):
         if stage == "predict":
             if self.predict_dir is None:
                 raise InputError("predict needs a folder of images: --data.predict_dir DIR")
-            images = ImageDataset(Path(self.predict_dir), self._is_predicted, self.max_pixels)
+            output = None if self.predict_output is None else Path(self.predict_output)
+            images = ImageDataset(
+                Path(self.predict_dir), self._is_predicted, output, self.max_pixels
+            )
             if not len(images):
                 log.info(
                     "every image of %s has its mask in %s", self.predict_dir, self.predict_output

@@ -191,12 +191,13 @@ class PairDataset(Dataset[Sample]):
 class ImageDataset(Dataset[Sample]):
     """Samples without masks: every image below a folder, named by its path in it.
 
-    The name leaves the file's ending out, unless two files differ in nothing else. A file that
+    The name leaves the file's ending out, unless that would give two files one name. A file that
     cannot be read gives a sample with `error` and no image.
 
     Args:
         folder: The folder.
         is_done: Whether an image of this name is to be left out.
+        output: Folder whose images are no input; None: there is none.
         max_pixels: Refuse images of more.
 
     Raises:
@@ -207,13 +208,16 @@ class ImageDataset(Dataset[Sample]):
         self,
         folder: Path,
         is_done: Callable[[str], bool] = lambda name: False,
+        output: Path | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        files = list_files(folder, IMAGE_SUFFIXES, recursive=True)
+        found = list_files(folder, IMAGE_SUFFIXES, recursive=True)
+        own = None if output is None else output.resolve()
+        files = [p for p in found if own is None or own not in p.resolve().parents]
         paths = [path.relative_to(folder) for path in files]
-        stems = Counter(path.with_suffix("") for path in paths)
+        stems, known = Counter(path.with_suffix("") for path in paths), set(paths)
         names = [
-            str(path.with_suffix("") if stems[path.with_suffix("")] == 1 else path)
+            str(stem if stems[stem := path.with_suffix("")] == 1 and stem not in known else path)
             for path in paths
         ]
         self.files = [
@@ -228,8 +232,9 @@ class ImageDataset(Dataset[Sample]):
         path, name = self.files[index]
         try:
             return {"image": read_image(path, self.max_pixels), "name": name}
-        except InputError as error:
-            return {"name": name, "error": str(error)}
+        except Exception as error:  # whatever a damaged file makes Pillow do
+            reason = str(error) if isinstance(error, InputError) else f"{path}: {error!r}"
+            return {"name": name, "error": reason}
 
 
 def check_pairs(dataset: PairDataset, headers: int = 500, samples: int = 8) -> None:

@@ -12,9 +12,9 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from isanet_pl.errors import InputError
+from isanet_pl.pixels import rgb_pixels
 
 IGNORE = 255
 INVALID = 254  # what a lookup table gives for a code that is neither a class nor ignored
@@ -24,6 +24,9 @@ MASK_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff", ".gif"})
 
 MAX_PIXELS = 2 * 89_478_485
 """Pixels of an image beyond which it is refused, unless more are allowed; Pillow's own limit."""
+
+# What Pillow raises for an EXIF block that means nothing.
+MEANINGLESS = (SyntaxError, struct.error, TypeError, ValueError, KeyError, OSError)
 
 Pair = tuple[Path, Path]
 Codes = npt.NDArray[np.int64] | npt.NDArray[np.uint8]
@@ -129,7 +132,7 @@ def displayed_size(path: Path) -> tuple[int, int]:
         # Not getexif(), which decodes a whole PNG. Pillow turns the size of a TIFF by itself.
         exif = Image.Exif()
         if image.format != "TIFF":
-            with contextlib.suppress(SyntaxError, struct.error):  # a block that means nothing
+            with contextlib.suppress(*MEANINGLESS):
                 exif.load(image.info.get("exif", b""))
         sideways = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (width, height) if sideways else (height, width)
@@ -150,11 +153,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Tensor:
     """
     with open_image(path, max_pixels) as image:
         _decode(image, path)
-        if image.mode.startswith("I"):  # 16 bits: keep the upper eight, convert() would clip
-            grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
-            return torch.from_numpy(grey).expand(3, -1, -1).contiguous()
-        pixels: Tensor = pil_to_tensor(image.convert("RGB"))
-        return pixels
+        return rgb_pixels(image)
 
 
 def read_top(path: Path, rows: int, size: Sequence[int]) -> Tensor | None:
@@ -187,10 +186,10 @@ def read_top(path: Path, rows: int, size: Sequence[int]) -> Tensor | None:
         image.tile = [(codec, (0, 0, image.width, rows), offset, arguments)]  # type: ignore[list-item]
         image._size = (image.width, rows)
         _load(image, path)
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            return None
-        pixels: Tensor = pil_to_tensor(image.convert("RGB"))
-        return pixels
+        with contextlib.suppress(*MEANINGLESS):
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                return None
+        return rgb_pixels(image)
 
 
 def read_mask(path: Path) -> Codes:
@@ -218,13 +217,16 @@ def read_mask(path: Path) -> Codes:
 def _decode(image: Image.Image, path: Path) -> None:
     """Decodes an opened file in place and turns it the way up that its EXIF orientation says."""
     _load(image, path)
-    ImageOps.exif_transpose(image, in_place=True)
+    with contextlib.suppress(*MEANINGLESS):
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _load(image: Image.Image, path: Path) -> None:
     try:
         image.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise errors of all kinds
         raise InputError(f"cannot read {path}: {error}; restore or remove it") from error
 
 

@@ -28,11 +28,14 @@ class Problem:
     message: str
 
 
-def find_problems(fingerprint: Fingerprint, eval_batch_size: int = 1) -> list[Problem]:
+def find_problems(
+    fingerprint: Fingerprint, eval_batch_size: int = 1, batch_size: int = 1
+) -> list[Problem]:
     """Returns what is wrong, errors first.
 
     Args:
         fingerprint: Of the data set.
+        batch_size: Images of a training step.
         eval_batch_size: Images that are evaluated together.
     """
     found = list(_find_duplicates(fingerprint))
@@ -45,6 +48,10 @@ def find_problems(fingerprint: Fingerprint, eval_batch_size: int = 1) -> list[Pr
             found.append(Problem("error", name, f"{message} time: set --data.eval_batch_size 1"))
     if "train" in fingerprint.splits:
         found += _find_missing_classes(fingerprint)
+        pairs = fingerprint.splits["train"].num_pairs
+        if pairs < batch_size:
+            message = f"{pairs} images are fewer than one batch of {batch_size}: set"
+            found.append(Problem("error", "train", f"{message} --data.batch_size {pairs} or less"))
     return sorted(found, key=lambda problem: problem.level)
 
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from isanet_pl.inference import Inference
 from isanet_pl.models.attention import AttentionOrder, ISAModule
@@ -21,6 +20,7 @@ from isanet_pl.models.context import (
     RecurrentCrissCross,
 )
 from isanet_pl.models.layers import activation, conv_bn_relu
+from isanet_pl.pixels import rgb_pixels
 
 Form = Literal["direct", "reduced"]
 Context = Literal["isa", "none", "dense", "dense_sdpa", "ppm", "aspp", "rcca"]
@@ -252,9 +252,7 @@ class ISANet(nn.Module):
         Raises:
             ValueError: The tensor is not uint8 (3, H, W).
         """
-        pixels: Tensor = (
-            pil_to_tensor(image.convert("RGB")) if isinstance(image, Image.Image) else image
-        )
+        pixels = rgb_pixels(image) if isinstance(image, Image.Image) else image
         if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
             raise ValueError(
                 f"predict takes a PIL image or a uint8 (3, H, W) tensor, "
@@ -282,12 +280,12 @@ class ISANet(nn.Module):
             network_args: dict[str, Any] = checkpoint["hyper_parameters"]["network"]
             inference = Inference(**checkpoint["hyper_parameters"].get("inference", {}))
             weights: dict[str, Tensor] = checkpoint["state_dict"]
+            network = cls(**network_args)
+            prefix = "network."
+            network.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+            )
         except Exception as error:
             raise ValueError(f"{path} is not a checkpoint of isanet-pl: {error!r}") from error
-        network = cls(**network_args)
-        prefix = "network."
-        network.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        )
         network.inference = inference
         return network.eval()

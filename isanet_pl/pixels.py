@@ -1,0 +1,16 @@
+"""From PIL images to RGB pixels, one way for files and for Python callers."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+
+def rgb_pixels(image: Image.Image) -> Tensor:
+    """Returns a PIL image of any mode as uint8 (3, H, W) RGB."""
+    if image.mode.startswith("I"):  # 16 bits: keep the upper eight, convert() would clip
+        grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+        return torch.from_numpy(grey).expand(3, -1, -1).contiguous()
+    pixels: Tensor = pil_to_tensor(image.convert("RGB"))
+    return pixels
