@@ -88,7 +88,7 @@ def masks_of(root, split):
 
 def test_a_clean_folder_is_fit_for_training(data_root, tmp_path, capsys):
     output = tmp_path / "report"
-    options = ["--data", "SegmentationFolder", "--data.root", data_root]
+    options = ["--data", "SegmentationFolder", "--data.root", data_root, "--data.batch_size", 4]
     assert run(*options, "--output", output) == 0
     said = capsys.readouterr().out
     assert "fit for training: 0 errors, 0 warnings" in said
@@ -550,7 +550,7 @@ def test_all_of_a_broken_folder_is_told(data_root, tmp_path, capsys):
     plant_code(data_root)
     plant_no_test(data_root)
     output = tmp_path / "report"
-    options = ["--data", "SegmentationFolder", "--data.root", data_root]
+    options = ["--data", "SegmentationFolder", "--data.root", data_root, "--data.batch_size", 4]
     assert run(*options, "--output", output) == 1
     said = capsys.readouterr().out
     assert "not fit for training: 2 errors, 1 warning\n" in said
@@ -573,6 +573,12 @@ def test_documented_counts_are_compared(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "2 pairs were found, 367 are documented" in said
     assert "images in more than one split" in said  # the scenes of its splits are the same ones
+
+
+def test_fewer_images_than_a_batch_are_an_error(data_root, tmp_path, capsys):
+    options = ["--data", "SegmentationFolder", "--data.root", data_root, "--data.batch_size"]
+    assert run(*options, 5, "--output", tmp_path / "report") == 1
+    assert "fewer than one batch of 5: set --data.batch_size 4" in capsys.readouterr().out
 
 
 def test_sizes_that_cannot_be_evaluated_together_are_an_error(data_root):
@@ -650,6 +656,7 @@ def test_an_output_that_cannot_be_written_is_named(data_root, tmp_path, capsys):
 
 def test_the_script_runs_on_all_cores_as_users_run_it(data_root, tmp_path):
     command = [sys.executable, SCRIPT, "--data", "SegmentationFolder", "--data.root", data_root]
+    command += ["--data.batch_size", "4"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

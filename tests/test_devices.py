@@ -68,7 +68,8 @@ def test_validate_and_predict(tmp_path):
         assert "1 images could not be segmented" in done.stderr
         assert "Traceback" not in done.stderr
         assert "5 images done" in done.stdout
-        folder = tmp_path / "out" if output else tmp_path / "runs/a/version_1/predictions"
+        runs = tmp_path / "runs" / "a"
+        folder = tmp_path / "out" if output else next(runs.glob("*/predictions"))
         masks = sorted(path.name for path in (folder / "masks").iterdir())
         assert masks == [f"scene{i}.png" for i in range(5)]
         with Image.open(folder / "masks" / "scene4.png") as mask:
