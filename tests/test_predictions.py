@@ -179,6 +179,12 @@ def test_mask_codes_are_those_of_the_files(data, expected):
     assert len(data.mask_codes()) == data.num_classes
 
 
+def test_a_class_without_a_code_is_named():
+    data = SegmentationFolder(class_names=["a", "b"], label_map={3: 0})
+    with pytest.raises(InputError, match="no code for the classes b"):
+        data.mask_codes()
+
+
 @pytest.mark.parametrize("data", [Cityscapes(), ADE20K()])
 def test_server_format(photos, tmp_path, data):
     path = write_checkpoint(tmp_path / "server.ckpt", data.class_names)

@@ -197,10 +197,17 @@ class SegmentationDataModule(pl.LightningDataModule):
         return output is not None and (Path(output) / "masks" / f"{name}.png").is_file()
 
     def mask_codes(self) -> list[int]:
-        """Returns the code that each class has in the data set's own mask files."""
+        """Returns the code that each class has in the data set's own mask files.
+
+        Raises:
+            InputError: `label_map` gives a class no code.
+        """
         codes = list(range(self.num_classes))
         if self.label_map is not None:
             first = {index: code for code, index in reversed(self.label_map.items())}
+            without = [self.class_names[index] for index in codes if index not in first]
+            if without:
+                raise InputError(f"label_map has no code for the classes {', '.join(without)}")
             codes = [first[index] for index in codes]
         return [code + 1 for code in codes] if self.reduce_zero_label else codes
 
