@@ -11,7 +11,6 @@ They alternate within one process; colours, which are changed on the device, are
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
+from measuring import machine
 from PIL import Image
 from readme import write_block
 from rich.progress import track
@@ -196,19 +196,12 @@ def main() -> None:
             variants = samplers(make, folder / "cache")
             results[label] = measure(variants, min(args.count, len(build(make()))), args.rounds)
     print(table(results))
-    record = {"machine": _machine(), "torch": torch.__version__, "ms": results}
+    record = {"machine": machine(), "torch": torch.__version__, "ms": results}
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     if args.readme:
-        write_block(args.readme, "data benchmark", f"{table(results)}\n\nOne core of {_machine()}.")
-
-
-def _machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    models = [line.split(":")[1].strip() for line in names if "model name" in line]
-    return models[0] if models else platform.machine()
+        write_block(args.readme, "data benchmark", f"{table(results)}\n\nMeasured on {machine()}.")
 
 
 if __name__ == "__main__":

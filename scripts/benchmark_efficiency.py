@@ -15,7 +15,6 @@ import csv
 import importlib.util
 import json
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from measuring import alternate, conv_ceiling, gmacs, peak_mib, saved_mib, spread
+from measuring import alternate, conv_ceiling, gmacs, machine, peak_mib, saved_mib, spread
 from readme import write_block
 from rich.progress import track
 from torch import Tensor, nn
@@ -392,16 +391,6 @@ def write(output: Path, record: dict[str, Any]) -> str:
     (output / "efficiency.md").write_text(text + "\n", "utf-8")
     (output / "efficiency.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     return text
-
-
-def machine() -> str:
-    """Returns the GPU's name, or the processor and the threads in use."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return f"{torch.get_num_threads()} threads of {names[0] if names else platform.machine()}"
 
 
 def parse() -> argparse.Namespace:

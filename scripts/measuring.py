@@ -1,6 +1,7 @@
 """Time, memory and arithmetic of a call, for the benchmarks."""
 
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -117,3 +118,15 @@ def conv_ceiling(size: tuple[int, int], dtype: torch.dtype, device: str, rounds:
     with torch.inference_mode():
         times = alternate({"conv": lambda: nn.functional.conv2d(x, weight)}, rounds)["conv"]
     return 2048 * 512 * size[0] * size[1] / 1e6 / min(times)
+
+
+def machine() -> str:
+    """Returns the GPU's name, or the processor and the threads in use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    count = torch.get_num_threads()
+    threads = "1 thread" if count == 1 else f"{count} threads"
+    return f"{threads} of {names[0] if names else platform.machine()}"
