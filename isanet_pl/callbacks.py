@@ -158,15 +158,18 @@ class ResultTable(pl.Callback):
 
 
 def _machine() -> str:
-    """Returns the GPU's name, or the processor's architecture and cores in use."""
+    """Returns the GPU's name, or the processor's and the cores in use."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
-    model = platform.machine()
+    return f"{torch.get_num_threads()} cores of {processor()}"
+
+
+def processor() -> str:
+    """Returns the name of the processor, or at least its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [x.split(":")[1] for x in cpuinfo.read_text().splitlines() if "model name" in x]
-        model = names[0].strip() if names else model
-    return f"{torch.get_num_threads()} cores of {model}"
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.machine()
 
 
 def _table(stage: str, scores: Mapping[str, float]) -> Table:

@@ -1,7 +1,6 @@
 """Time, memory and arithmetic of a call, for the benchmarks."""
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+
+from isanet_pl.callbacks import processor
 
 Call = Callable[[], object]
 
@@ -124,9 +125,6 @@ def machine() -> str:
     """Returns the GPU's name, or the processor and the threads in use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
     count = torch.get_num_threads()
     threads = "1 thread" if count == 1 else f"{count} threads"
-    return f"{threads} of {names[0] if names else platform.machine()}"
+    return f"{threads} of {processor()}"

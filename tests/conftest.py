@@ -72,6 +72,12 @@ def fails_naming(*words):
 
 
 @pytest.fixture
+def scripts_on_path(monkeypatch):
+    """Lets a test import what the scripts import from each other."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+
+
+@pytest.fixture
 def folder(tmp_path):
     """A SegmentationFolder of 3 classes, 3 scenes a split."""
     return make_folder(tmp_path / "folder")

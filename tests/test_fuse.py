@@ -164,37 +164,20 @@ def test_plain_formulation_is_the_same_function(train, options, size, window):
 # What is kept for the backward pass
 
 
-def saved_bytes(run, x, module):
-    """Returns the bytes of all tensors that autograd keeps, without input and parameters."""
-    own = [x, *module.parameters(), *module.buffers()]
-    known = {tensor.untyped_storage().data_ptr() for tensor in own}
-    sizes, kept = {}, []
+def test_training_keeps_less_than_half_of_the_plain_formulation(scripts_on_path):
+    from measuring import saved_mib
 
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)  # so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run(x)
-    return sum(sizes.values())
-
-
-def test_training_keeps_less_than_half_of_the_plain_formulation():
     # The published widths, divided by 16.
     module = ISAModule(128, 16, 32, 32).to(memory_format=torch.channels_last)
     x = torch.randn(2, 128, 64, 64).to(memory_format=torch.channels_last).requires_grad_()
-    ours = saved_bytes(module, x, module)
-    plain = saved_bytes(lambda y: plain_forward(module, y), x, module)
+    ours = saved_mib(module, x, module)
+    plain = saved_mib(lambda y: plain_forward(module, y), x, module)
     assert ours < 0.5 * plain
     dense = SelfAttentionBlock2D(128, 16, 32, 32, recompute=False)
-    assert ours < 0.1 * saved_bytes(dense, x, dense)  # at these widths the affinity is most of it
+    assert ours < 0.1 * saved_mib(dense, x, dense)  # at these widths the affinity is most of it
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d])
-def test_computing_again_leaves_running_statistics_alone(norm):
+def test_computing_again_leaves_running_statistics_alone():
     block = randomise(SelfAttentionBlock2D(6, 4, 5, 7))
     keeping = copy.deepcopy(block)
     keeping.recompute = False
