@@ -161,6 +161,21 @@ def test_plain_formulation_is_the_same_function(train, options, size, window):
         assert torch.allclose(mine.double(), theirs.double(), rtol=1e-12), name
 
 
+@pytest.mark.parametrize("form", ["direct", "reduced"])
+def test_weights_in_the_dtype_of_autocast_change_nothing(form):
+    network = randomise(
+        ISANet(3, "resnet18", form=form, key_channels=8, value_channels=8, out_channels=8)
+    ).eval()
+    plain, converted = fuse_for_inference(network), fuse_for_inference(network, torch.bfloat16)
+    assert {p.dtype for p in plain.parameters()} == {torch.float32}
+    assert {p.dtype for p in converted.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in converted.buffers()} == {torch.float32}  # mean and std
+    image = torch.randint(0, 256, (1, 3, 40, 56), dtype=torch.uint8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, found = (net(net.normalise(image))["out"] for net in (plain, converted))
+    assert torch.equal(expected, found)
+
+
 # What is kept for the backward pass
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from isanet_pl.models import Backbone, ISANet
+from isanet_pl.models.layers import SameConv
 
 SMALL = {
     "num_classes": 5,
@@ -337,6 +338,26 @@ def test_backbone_equals_timm(resnet18):
     x = torch.randn(1, 3, 50, 70)
     with torch.no_grad():
         torch.testing.assert_close(ours(x)[1], theirs.forward_features(x))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_backbone_trains_as_timm(resnet18, mixed):
+    torch.manual_seed(1)
+    theirs = timm.create_model("resnet18", output_stride=8).eval()
+    for name, weight in theirs.named_parameters():
+        if name.endswith("bn2.weight"):
+            nn.init.ones_(weight)  # timm starts with zero, and then most gradients are zero
+    ours = copy.deepcopy(resnet18).eval()
+    ours.load(theirs.state_dict(), "timm")
+    assert sum(isinstance(m, SameConv) for m in ours.modules()) == 17
+    x = torch.randn(2, 3, 40, 48)
+    for run in (lambda: ours(x)[1], lambda: theirs.forward_features(x)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            run().float().square().mean().backward()
+    theirs = dict(theirs.named_parameters())
+    for name, parameter in ours.net.named_parameters():
+        expected = theirs[name].grad
+        assert (parameter.grad - expected).norm() < (0.3 if mixed else 1e-3) * expected.norm(), name
 
 
 def test_ceil_mode_rounds_up():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from test_attention import randomise
 from torch import nn
 
-from isanet_pl.models.layers import Conv3x3, _Conv, conv_bn_relu, mix
+from isanet_pl.models.layers import SameConv, _Conv, conv_bn_relu, is_same_conv, mix
 
 
 @pytest.fixture(autouse=True)
@@ -17,15 +17,19 @@ def seed():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dilation", [1, 3])
-def test_conv_has_the_gradients_of_a_conv(layout, dilation):
-    conv = Conv3x3(5, 7, dilation).to(memory_format=layout)
-    x = torch.randn(2, 5, 9, 11).contiguous(memory_format=layout)
-    target = torch.randn(2, 7, 9, 11)
+@pytest.mark.parametrize(
+    ("size", "dilation", "dtype", "tolerance"),
+    [(3, 1, torch.float32, 1e-5), (3, 3, torch.float32, 1e-5), (1, 1, torch.bfloat16, 0.02)],
+)
+def test_conv_has_the_gradients_of_a_conv(layout, size, dilation, dtype, tolerance):
+    conv = SameConv(5, 7, size, dilation).to(memory_format=layout, dtype=dtype)
+    x = torch.randn(2, 5, 9, 11, dtype=dtype).contiguous(memory_format=layout)
+    target = torch.randn(2, 7, 9, 11, dtype=dtype)
+    padding = dilation * (size // 2)
     results = []
     for run in (
         conv,
-        lambda y: F.conv2d(y, conv.weight, padding=dilation, dilation=dilation),
+        lambda y: F.conv2d(y, conv.weight, padding=padding, dilation=dilation),
     ):
         y = x.clone().requires_grad_()
         conv.weight.grad = None
@@ -33,21 +37,27 @@ def test_conv_has_the_gradients_of_a_conv(layout, dilation):
         (out * target).sum().backward()
         results.append((out, y.grad, conv.weight.grad))
     for mine, theirs in zip(*results, strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+        assert mine.dtype == theirs.dtype
+        assert torch.allclose(
+            mine, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item()
+        )
 
 
-def test_its_own_gradient_formula_in_double_precision():
-    x = torch.randn(1, 2, 5, 4).double().requires_grad_()
-    weight = torch.randn(3, 2, 3, 3).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: _Conv.apply(a, b, 1, 1), (x, weight))
+@pytest.mark.parametrize("size", [1, 3])
+def test_its_own_gradient_formula_in_double_precision(size):
+    x = torch.randn(2, 2, 5, 4).double().requires_grad_()
+    weight = torch.randn(3, 2, size, size).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: _Conv.apply(a, b, 1), (x, weight))
 
 
-def test_only_what_is_asked_for_is_computed():
-    conv = Conv3x3(2, 3)
-    conv(torch.randn(1, 2, 4, 4)).sum().backward()  # the input needs none
+@pytest.mark.parametrize("size", [1, 3])
+def test_only_what_is_asked_for_is_computed(size):
+    dtype = torch.bfloat16 if size == 1 else torch.float32
+    conv = SameConv(2, 3, size).to(dtype)
+    conv(torch.randn(1, 2, 4, 4, dtype=dtype)).sum().backward()  # the input needs none
     assert conv.weight.grad is not None
     conv.requires_grad_(False)
-    x = torch.randn(1, 2, 4, 4, requires_grad=True)
+    x = torch.randn(1, 2, 4, 4, dtype=dtype, requires_grad=True)
     conv(x).sum().backward()
     assert x.grad is not None
 
@@ -56,15 +66,59 @@ def used(conv, x):
     return "_Conv" in type(conv(x).grad_fn).__name__
 
 
-def test_it_is_used_where_it_pays_and_nowhere_else():
-    conv, x = Conv3x3(2, 3), torch.randn(1, 2, 4, 4)
-    assert used(conv, x)
+@pytest.mark.parametrize("size", [1, 3])
+def test_it_is_used_where_it_pays_and_nowhere_else(size):
+    conv, x = SameConv(2, 3, size), torch.randn(1, 2, 4, 4)
+    assert used(conv, x) == (size == 3)
+    assert used(conv.bfloat16(), x.bfloat16()) == (size == 1)
     assert not used(conv.double(), x.double())
     conv = conv.float()
     with torch.autocast("cpu", torch.bfloat16):
-        assert not used(conv, x)
+        assert used(conv, x) == (size == 1)
     with torch.no_grad():
         assert conv(x).grad_fn is None
+
+
+def test_under_autocast_its_gradients_are_those_of_a_conv():
+    x = torch.randn(2, 8, 5, 4, requires_grad=True)
+    conv = SameConv(8, 6, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv(x)
+        (out.float() ** 2).sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert x.grad.dtype == conv.weight.grad.dtype == torch.float32
+    mine = x.grad, conv.weight.grad
+    x.grad = conv.weight.grad = None
+    (F.conv2d(x, conv.weight) ** 2).sum().backward()
+    for half, full in zip(mine, (x.grad, conv.weight.grad), strict=True):
+        assert torch.allclose(half, full, atol=0.02 * full.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("fits", "options"),
+    [
+        (True, {"kernel_size": 1}),
+        (True, {"kernel_size": 3, "padding": 1}),
+        (True, {"kernel_size": 3, "padding": 2, "dilation": 2, "bias": False}),
+        (False, {"kernel_size": 1, "stride": 2}),
+        (False, {"kernel_size": 3, "padding": 1, "stride": (1, 2)}),
+        (False, {"kernel_size": 3}),
+        (False, {"kernel_size": 3, "padding": 1, "dilation": 2}),
+        (False, {"kernel_size": 1, "padding": 1}),
+        (False, {"kernel_size": 3, "padding": 1, "groups": 2}),
+        (False, {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}),
+        (False, {"kernel_size": (1, 3), "padding": (0, 1)}),
+        (False, {"kernel_size": 7, "padding": 3}),
+    ],
+)
+def test_other_convs_are_told_apart(fits, options):
+    conv = nn.Conv2d(4, 6, **options)
+    assert is_same_conv(conv) == fits
+    if fits:
+        x = torch.randn(2, 4, 7, 9)
+        expected = conv(x)
+        conv.__class__ = SameConv
+        assert torch.allclose(conv(x), expected)
 
 
 def test_conv_bn_relu_keeps_its_names():

@@ -20,7 +20,7 @@ Parameter names are those of the authors' code (openseg.pytorch, lib/models/modu
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from isanet_pl.models.layers import conv_bn_relu, mix
+from isanet_pl.models.layers import conv_bn_relu, mix, same_conv
 
 Along = Literal["all", "places", "windows"]
 AttentionOrder = Literal["long_short", "short_long", "long", "short"]
@@ -57,14 +57,34 @@ def attend(
         mask = None if mask is None else mask[:, None, :]
         parts = [F.scaled_dot_product_attention(query, key, v, mask) for v in values]
         return torch.cat(parts, dim=3).permute(0, 3, 1, 2)
-    query = query.permute(0, 2, 3, 1) * query.shape[1] ** -0.5  # (N, G, L, C_k)
-    scores = query @ key.permute(0, 2, 1, 3)  # (N, G, L, L)
+    n, _, groups, length = query.shape
+    # (N*G, L, C), rows of channels: a view of a grid, and otherwise a copy in its cheapest order.
+    query, key, value = (t.permute(0, 2, 3, 1).flatten(0, 1) for t in (query, key, value))
+    scores: Tensor = _Scores.apply(query * query.shape[2] ** -0.5, key)  # (N*G, L, L)
     if mask is not None:
         # The lowest finite value rather than -inf: a group that is all padding gets a uniform
         # affinity, not NaN; its output is cropped away.
-        scores = scores.masked_fill(~mask[:, None, :], torch.finfo(scores.dtype).min)
-    context = scores.softmax(dim=-1).to(value.dtype) @ value.permute(0, 2, 3, 1)  # (N, G, L, C_v)
-    return context.permute(0, 3, 1, 2)
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask.repeat(n, 1)[:, None, :], lowest)
+    context = scores.softmax(dim=-1).to(value.dtype) @ value  # (N*G, L, C_v)
+    return context.view(n, groups, length, -1).permute(0, 3, 1, 2)
+
+
+class _Scores(torch.autograd.Function):
+    """q k^T of (B, L, C) operands, with the gradient of the key in the key's own memory order.
+
+    The gradient that `torch.bmm` returns for it is transposed, and slows down what follows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key)
+        return query @ key.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = ctx.saved_tensors
+        return gradient @ key, gradient.transpose(1, 2) @ query
 
 
 def attend_along(
@@ -209,7 +229,7 @@ class SelfAttentionBlock2D(nn.Module):
         """
         query, key = self.f_query[0](x), self.f_key[0](x)
         # The bias of the value belongs to padded positions too, so it comes after the padding.
-        value = F.conv2d(x, self.f_value.weight)
+        value = same_conv(x, self.f_value.weight)
         if regroup is not None:
             query, key, value = regroup(query), regroup(key), regroup(value)
         if self.f_value.bias is not None:
@@ -240,8 +260,11 @@ class SelfAttentionBlock2D(nn.Module):
     ) -> Tensor:
         """Returns the output before its BatchNorm, of what the first convs gave."""
         query, key = self.f_query[1:](query), self.f_key[1:](key)
-        out: Tensor = self.W[0](attend_along(query, key, value, along, mask, self.sdpa))
-        return out
+        attended = attend_along(query, key, value, along, mask, self.sdpa)
+        # Not `same_conv`: `checkpoint` stops the second pass where PyTorch's own conv saves its
+        # input, before computing it, but only after a conv that is an autograd.Function.
+        project: Any = self.W[0]
+        return F.conv2d(attended, project.weight)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from isanet_pl.models.layers import SameConv, is_same_conv
+
 
 def _import_timm() -> Any:
     """Returns timm, imported without wandb.
@@ -80,6 +82,9 @@ class Backbone(nn.Module):
             if not isinstance(net["maxpool"], nn.MaxPool2d):
                 raise ValueError(f"backbone {name!r} has no max-pool to apply ceil_mode to")
             net["maxpool"].ceil_mode = True
+        for conv in net.modules():
+            if type(conv) is nn.Conv2d and is_same_conv(conv):
+                conv.__class__ = SameConv  # the same conv with a faster gradient, where it stands
         self.name = name
         self.net: nn.Module = net
         before, last = net.feature_info.channels()
