@@ -4,31 +4,31 @@ python scripts/benchmark_efficiency.py --train --networks --output docs/efficien
 
 For each form of the head, context module and size of its input: parameters, multiply-adds, peak
 memory, what training keeps for the backward pass, and the latency of inference and, with --train,
-of a training step; then how cost grows with the size of the map and with the window. Writes CSV,
-JSON, Markdown and PNG. On a CPU, most of what temporaries cost is the system's handing out of
-memory; run it once as it is, and once with jemalloc (README, Runs), which shows the arithmetic.
+of a training step; then how cost grows with the size of the map and with the window; and whole
+networks. Writes CSV, JSON, Markdown and PNG; what --output holds already, from the same machine, is
+kept, so that the measurement can be made in several runs. On a CPU, most of what temporaries cost
+is the system's handing out of memory: run it once as it is, and once with jemalloc (README, Runs),
+which shows the arithmetic.
 """
 
 import argparse
 import copy
-import csv
 import importlib.util
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
+from efficiency_report import Row, keep, short_markdown, write
 from measuring import alternate, conv_ceiling, gmacs, machine, peak_mib, saved_mib, spread
 from readme import write_block
 from rich.progress import track
 from torch import Tensor, nn
 
-from isanet_pl.models import ISAModule, ISANet, fuse_for_inference
+from isanet_pl.models import ISABlock, ISAModule, ISANet, fuse_for_inference
 from isanet_pl.models.context import (
     AtrousPyramid,
     DenseAttention,
@@ -41,7 +41,6 @@ from isanet_pl.models.plain import plain_forward
 
 WIDTHS = (256, 512, 512)  # key, value, output
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Row = dict[str, Any]
 
 
 class Plain(nn.Module):
@@ -139,25 +138,25 @@ def measure_heads(
             continue
         calls: dict[str, Callable[[], object]] = {}
         facts: dict[str, Row] = {}
+        inputs = torch.randn(batch, 2048, *size, device=device)
         for name, module in modules.items():
-            x = torch.randn(batch, 2048, *size, device=device)
-            ready, x = prepare(name, copy.deepcopy(module).to(device), x, train)
-            if not train:
-                ready, x = ready.to(dtype), x.to(dtype)
+            ready, x = prepare(name, copy.deepcopy(module).to(device), inputs, train)
+            x = x.to(dtype)  # as a backbone under autocast hands it over
+            ready = ready if train else ready.to(dtype)
             call = _training_step(ready, x, dtype) if train else _inference(ready, x)
             facts[name] = {
                 "parameters": sum(p.numel() for p in module.parameters()),
-                "gmacs": gmacs(_inference(copy.deepcopy(ready).eval(), x)) / batch,
+                "gmacs": gmacs(_inference(copy.deepcopy(ready).to(dtype).eval(), x)) / batch,
                 "peak_mib": peak_mib(call),
                 "saved_mib": _saved(ready, x, dtype) if train else None,
             }
             calls[name] = call
-        for name, times in alternate(calls, args.rounds).items():
+        for name, times in alternate(calls, args.rounds, args.warmup).items():
             work = facts[name]["gmacs"] * batch * (3 if train else 1)
             share = work / (spread(times)["min"] / 1000) / ceiling
             rows.append(
-                {"form": form, "size": f"{size[0]}x{size[1]}", "mode": mode, "batch": batch,
-                 "dtype": dtype_name, "head": name, **facts[name], **spread(times),
+                {"heap": heap(), "form": form, "size": f"{size[0]}x{size[1]}", "mode": mode,
+                 "batch": batch, "dtype": dtype_name, "head": name, **facts[name], **spread(times),
                  "ceiling_share": share}
             )  # fmt: skip
     return rows
@@ -190,25 +189,23 @@ def _saved(module: nn.Module, x: Tensor, dtype: torch.dtype) -> float:
 
 
 def measure_growth(args: argparse.Namespace) -> list[Row]:
-    """Returns cost of the attention alone by size of the map, and by window at 128x128."""
+    """Returns the cost of the attention alone, on 512 channels, by size of map and window."""
+    dense = {"down_factor": (1, 1), "order": "long"}  # one window for each position
+    edges = args.growth
+    cells = [("ISA", {}, edge, 8) for edge in edges]
+    cells += [("dense attention", dense, edge, 1) for edge in edges if edge <= args.largest_dense]
+    middle = 128 if 128 in edges else edges[-1]
+    cells += [("window", {"down_factor": (w, w)}, middle, w) for w in (1, 2, 4, 8, 16, 32)]
+    dtype = DTYPES[args.dtype[0]]
     rows = []
-    kinds = {"ISA": {}, "dense attention": {"down_factors": ((1, 1),), "order": "long"}}
-    cells = [(name, kind, size, 8) for name, kind in kinds.items() for size in args.growth]
-    cells += [("window", {}, args.growth[-2], window) for window in (1, 2, 4, 8, 16, 32)]
     for name, options, size, window in track(cells, "growth", transient=True):
-        factors = options.get("down_factors", ((window, window),))
-        module = ISAModule(512, *WIDTHS, factors, order=options.get("order", "long_short"))
-        ready, x = prepare(name, module, torch.randn(1, 512, size, size, device=args.device), False)
-        dtype = DTYPES[args.dtype[0]]
+        x = torch.randn(1, 512, size, size, device=args.device)
+        ready, x = prepare(name, ISABlock(512, *WIDTHS, **options), x, False)
         ready, x = ready.to(args.device, dtype), x.to(dtype)
         call = _inference(ready, x)
-        positions = size * size
-        pairs = positions**2 if name == "dense attention" else (
-            positions**2 // window**2 + positions * window**2
-        )  # fmt: skip
         times = alternate({"call": call}, max(3, args.rounds // 2), warmup=1)["call"]
         rows.append(
-            {"kind": name, "size": size, "window": window, "pairs": pairs,
+            {"heap": heap(), "dtype": args.dtype[0], "kind": name, "size": size, "window": window,
              "gmacs": gmacs(call), "peak_mib": peak_mib(call), **spread(times)}
         )  # fmt: skip
     return rows
@@ -263,8 +260,9 @@ def measure_networks(args: argparse.Namespace) -> list[Row]:
         }
         for name, times in alternate(calls, args.network_rounds, warmup=1).items():
             rows.append(
-                {"network": name, "size": f"{size[0]}x{size[1]}", "mode": mode, "batch": batch,
-                 "dtype": args.dtype[-1], "images_per_s": 1000 * batch / spread(times)["median"],
+                {"heap": heap(), "network": name, "size": f"{size[0]}x{size[1]}", "mode": mode,
+                 "batch": batch, "dtype": args.dtype[-1],
+                 "images_per_s": 1000 * batch / spread(times)["median"],
                  "peak_mib": peak_mib(calls[name]), **spread(times)}
             )  # fmt: skip
     return rows
@@ -275,12 +273,12 @@ def _network_call(
 ) -> Callable[[], object]:
     """Returns a training step or an inference of a network, ours as it is deployed."""
     network, x = copy.deepcopy(network).to(args.device), x.to(args.device)
+    dtype = DTYPES[args.dtype[-1]]
     if isinstance(network, ISANet):
-        network = fuse_for_inference(network) if mode == "inference" else network
+        network = fuse_for_inference(network, dtype) if mode == "inference" else network
         network = network.to(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
     network.train(mode == "training")
-    dtype = DTYPES[args.dtype[-1]]
     mixed = torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
 
     def infer() -> None:
@@ -294,103 +292,6 @@ def _network_call(
         network.zero_grad(set_to_none=True)
 
     return infer if mode == "inference" else train
-
-
-def head_table(rows: Sequence[Row]) -> str:
-    """Returns Markdown, one table for each form, size and mode."""
-    lines: list[str] = []
-    for key, group in _grouped(rows, ("form", "size", "mode", "dtype", "batch")):
-        form, size, mode, dtype, batch = key
-        reference = {row["head"]: row["median"] for row in group}.get("ISA, plain formulation")
-        lines += [
-            "",
-            f"{form} form, {mode}, [{batch}, 2048, {size.replace('x', ', ')}], {dtype}:",
-            "",
-            "| head | M parameters | GMACs | peak MiB | kept MiB | ms (least to most) "
-            "| against plain ISA | of the conv ceiling |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for row in group:
-            kept = "" if row["saved_mib"] is None else f"{row['saved_mib']:.0f}"
-            ratio = "" if reference is None else f"{reference / row['median']:.2f}x"
-            lines.append(
-                f"| {row['head']} | {row['parameters'] / 1e6:.2f} | {row['gmacs']:.1f} "
-                f"| {row['peak_mib']:.0f} | {kept} "
-                f"| {row['median']:.0f} ({row['min']:.0f} to {row['max']:.0f}) | {ratio} "
-                f"| {100 * row['ceiling_share']:.0f} % |"
-            )
-    return "\n".join(lines[1:])
-
-
-def network_table(rows: Sequence[Row]) -> str:
-    """Returns Markdown of the whole networks."""
-    head = "| network (reduced form) | size | mode | dtype | images/s | peak MiB |"
-    lines = [head, "|" + "---|" * 6]
-    lines += [
-        f"| {row['network']} | {row['size']} | {row['mode']}, batch {row['batch']} "
-        f"| {row['dtype']} | {row['images_per_s']:.2f} | {row['peak_mib']:.0f} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
-def _grouped(
-    rows: Sequence[Row], keys: Sequence[str]
-) -> Iterator[tuple[tuple[Any, ...], list[Row]]]:
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    yield from groups.items()
-
-
-def draw_growth(rows: Sequence[Row], path: Path) -> None:
-    """Draws how time and memory grow with the map, and which window is the cheapest."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    time_axis, memory_axis, window_axis = figure.subplots(1, 3)
-    for name in ("ISA", "dense attention"):
-        kind = [row for row in rows if row["kind"] == name]
-        edges = [row["size"] for row in kind]
-        time_axis.plot(edges, [row["median"] for row in kind], "o-", label=name)
-        memory_axis.plot(edges, [row["peak_mib"] for row in kind], "o-", label=name)
-    for axis, label in ((time_axis, "ms"), (memory_axis, "peak MiB")):
-        axis.set(xscale="log", yscale="log", xlabel="edge of the map, positions", ylabel=label)
-        axis.set_xticks(edges, [str(edge) for edge in edges])
-        axis.minorticks_off()
-        axis.legend()
-    windows = [row for row in rows if row["kind"] == "window"]
-    edges = [row["window"] for row in windows]
-    window_axis.plot(edges, [row["median"] for row in windows], "o-", color="C2")
-    window_axis.set(
-        xscale="log", xlabel=f"window at {windows[0]['size']}x{windows[0]['size']}", ylabel="ms"
-    )
-    window_axis.set_xticks(edges, [str(edge) for edge in edges])
-    window_axis.minorticks_off()
-    figure.suptitle("Inference of the attention on 512 channels")
-    figure.savefig(path, dpi=110)
-
-
-def write(output: Path, record: dict[str, Any]) -> str:
-    """Writes all files; returns the Markdown."""
-    output.mkdir(parents=True, exist_ok=True)
-    parts = [f"Measured on {record['machine']}, torch {record['torch']}, {record['heap']}."]
-    for name in ("heads", "growth", "networks"):
-        rows = record[name]
-        if not rows:
-            continue
-        with (output / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-    if record["heads"]:
-        parts.append(head_table(record["heads"]))
-    if record["growth"]:
-        draw_growth(record["growth"], output / "growth.png")
-    if record["networks"]:
-        parts.append(network_table(record["networks"]))
-    text = "\n\n".join(parts)
-    (output / "efficiency.md").write_text(text + "\n", "utf-8")
-    (output / "efficiency.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    return text
 
 
 def parse() -> argparse.Namespace:
@@ -409,17 +310,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train", action="store_true", help="measure training steps as well")
     parser.add_argument("--largest_training", type=int, default=97,
                         help="largest edge for training")  # fmt: skip
-    parser.add_argument("--growth", type=int, nargs="*", default=[32, 64, 96, 128, 192],
+    parser.add_argument("--growth", type=int, nargs="*", default=[32, 64, 96, 128, 192, 256],
                         help="edges of the growth sweep; none: no sweep")  # fmt: skip
+    parser.add_argument(
+        "--largest_dense", type=int, default=128,
+        help="the largest of them for dense attention, which takes 8 EDGE^4 bytes",
+    )  # fmt: skip
     parser.add_argument("--networks", action="store_true", help="measure whole networks as well")
     parser.add_argument("--backbones", nargs="*", default=["resnet18", "resnet50", "resnet101"])
     parser.add_argument("--network_sizes", type=int, nargs="*", default=[512, 1024, 769, 769],
                         metavar="H W", help="of the images, in pairs")  # fmt: skip
     parser.add_argument("--network_rounds", type=int, default=3, help="timed calls of each network")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each head")
+    parser.add_argument("--warmup", type=int, default=2, help="calls of each head before those")
     parser.add_argument("--output", type=Path, default=Path("runs/efficiency"), help="folder")
     parser.add_argument("--readme", type=Path, help="README whose section is to be replaced")
     return parser.parse_args()
+
+
+def heap() -> str:
+    """Returns who hands out memory."""
+    if torch.cuda.is_available():
+        return "CUDA"
+    return "jemalloc" if "jemalloc" in os.environ.get("LD_PRELOAD", "") else "default"
 
 
 def main() -> None:
@@ -431,13 +344,14 @@ def main() -> None:
     rows: list[Row] = []
     for cell in track(cells, "heads", transient=True):
         rows += measure_heads(args, *cell)
-    heap = "jemalloc" if "jemalloc" in os.environ.get("LD_PRELOAD", "") else "the system's malloc"
-    record = {
-        "machine": machine(), "torch": torch.__version__, "heap": heap, "heads": rows,
+    new = {
+        "machine": machine(), "torch": torch.__version__, "heads": rows,
         "growth": measure_growth(args) if args.growth else [],
         "networks": measure_networks(args) if args.networks else [],
     }  # fmt: skip
-    text = write(args.output, record)
+    record = keep(args.output / "efficiency.json", new)
+    write(args.output, record)
+    text = short_markdown(record)
     print(text)
     if args.readme:
         write_block(args.readme, "efficiency", text)

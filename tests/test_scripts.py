@@ -90,18 +90,52 @@ def test_benchmark_efficiency_writes_everything(tmp_path):
     small = ("--size", 9, 8, "--train", "--rounds", 1, "--growth", 8, 12, "--forms", "direct")
     only = ("--only", "ISA", "ISA, plain formulation", "dense attention")
     files = ("--output", "new/efficiency", "--readme", "README.md")
-    done = script("benchmark_efficiency.py", *small, *only, *files, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    for dtype in ("bfloat16", "float32"):  # the second run adds to the first
+        more = ("--dtype", dtype)
+        done = script("benchmark_efficiency.py", *small, *only, *more, *files, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
     folder = tmp_path / "new" / "efficiency"
     names = ["efficiency.json", "efficiency.md", "growth.csv", "growth.png", "heads.csv"]
     assert sorted(path.name for path in folder.iterdir()) == names
     rows = json.loads((folder / "efficiency.json").read_text())["heads"]
-    assert [(row["head"], row["mode"]) for row in rows] == [
-        (head, mode) for mode in ("inference", "training") for head in only[1:]
+    assert [(row["dtype"], row["mode"], row["head"]) for row in rows] == [
+        (dtype, mode, head)
+        for dtype in ("bfloat16", "float32")
+        for mode in ("inference", "training")
+        for head in only[1:]
     ]
     assert all(row["min"] <= row["median"] <= row["max"] for row in rows)
     assert all((row["saved_mib"] or 0) > 0 for row in rows if row["mode"] == "training")
-    assert "| ISA, plain formulation |" in (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    median = {(row["dtype"], row["mode"], row["head"]): row["median"] for row in rows}
+    ratio = median["float32", "training", only[2]] / median["float32", "training", "ISA"]
+    kept = {row["head"]: row["saved_mib"] for row in rows[-3:]}
+    share = kept["ISA"] / kept[only[2]]
+    assert (
+        f"| ISA, plain formulation | direct | default | float32 | training | {ratio:.2f}x "
+        f"| {ratio:.2f}x | {share:.2f} |"
+    ) in text
+    assert "With the number of positions N grow: ISA with N^" in text
+
+
+def test_benchmark_of_another_machine_is_not_mixed_in(scripts_on_path, tmp_path):
+    from efficiency_report import keep
+
+    row = {"heap": "default", "dtype": "float32", "form": "direct", "mode": "inference"}
+    rows = [{**row, "size": size, "head": "ISA", "median": 1.0} for size in ("97x97", "128x128")]
+    old = {"machine": "a", "torch": "2", "heads": rows, "growth": [], "networks": []}
+    path = tmp_path / "efficiency.json"
+    assert keep(path, old) == old
+    path.write_text(json.dumps(old))
+    new = {**old, "heads": [{**rows[0], "median": 2.0}, {**rows[0], "size": "64x64"}]}
+    merged = keep(path, new)["heads"]
+    assert [(r["size"], r["median"]) for r in merged] == [
+        ("64x64", 1.0),
+        ("97x97", 2.0),
+        ("128x128", 1.0),
+    ]
+    with pytest.raises(SystemExit, match=r"another machine, a, not b; give another --output"):
+        keep(path, {**new, "machine": "b"})
 
 
 def test_benchmark_counts_the_published_arithmetic(scripts_on_path):
