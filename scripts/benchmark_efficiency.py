@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from efficiency_report import Row, keep, short_markdown, write
+from efficiency_report import KEYS, Row, keep, short_markdown, write
 from measuring import alternate, conv_ceiling, gmacs, machine, peak_mib, saved_mib, spread
 from readme import write_block
 from rich.progress import track
@@ -336,25 +336,30 @@ def heap() -> str:
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measures, prints and writes; what is measured is written at once."""
     args = parse()
     torch.manual_seed(0)
     sizes = [tuple(args.size)] if args.size else [(edge, edge) for edge in args.sizes]
     cells = [(d, form, size) for d in args.dtype for form in args.forms for size in sizes]
-    rows: list[Row] = []
+    record = add(args.output)
     for cell in track(cells, "heads", transient=True):
-        rows += measure_heads(args, *cell)
-    new = {
-        "machine": machine(), "torch": torch.__version__, "heads": rows,
-        "growth": measure_growth(args) if args.growth else [],
-        "networks": measure_networks(args) if args.networks else [],
-    }  # fmt: skip
-    record = keep(args.output / "efficiency.json", new)
-    write(args.output, record)
+        record = add(args.output, heads=measure_heads(args, *cell))
+    if args.growth:
+        record = add(args.output, growth=measure_growth(args))
+    if args.networks:
+        record = add(args.output, networks=measure_networks(args))
     text = short_markdown(record)
     print(text)
     if args.readme:
         write_block(args.readme, "efficiency", text)
+
+
+def add(output: Path, **rows: list[Row]) -> dict[str, Any]:
+    """Writes new rows to the folder; returns all that it holds."""
+    new = {"machine": machine(), "torch": torch.__version__, **{name: [] for name in KEYS}, **rows}
+    record = keep(output / "efficiency.json", new)
+    write(output, record)
+    return record
 
 
 if __name__ == "__main__":
