@@ -1,10 +1,14 @@
-"""Pictures of class maps."""
+"""Pictures of class maps and of scores."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
@@ -12,6 +16,18 @@ from torch import Tensor
 from isanet_pl.data.files import IGNORE
 
 Pixels = npt.NDArray[np.uint8]
+
+BAR_ROWS = 50
+"""Bars in a column, at most."""
+NUMBERED = 30
+"""Classes, at most, of a confusion matrix whose cells have room for numbers."""
+
+
+def render(figure: Figure) -> Pixels:
+    """Returns the RGB pixels (H, W, 3) of a figure."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return np.array(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
 
 
 def colourise(classes: Tensor, palette: Sequence[Sequence[int]]) -> Pixels:
@@ -50,7 +66,7 @@ def draw_panels(
     for i, (image, truth, prediction) in enumerate(rows):
         # Where the truth is unknown, a prediction cannot be judged: show it, but leave truth black.
         pictures = (
-            image.permute(1, 2, 0),
+            image.permute(1, 2, 0).cpu().numpy(),
             colourise(truth, palette),
             colourise(prediction, palette),
         )
@@ -73,3 +89,76 @@ def draw_panels(
         frameon=False,
     )
     return figure
+
+
+def draw_confusion(confusion: Tensor, class_names: Sequence[str]) -> Figure:
+    """Returns a heat map of where the pixels of each class went, in percent of its true pixels.
+
+    Rows of classes without true pixels are grey.
+
+    Args:
+        confusion: (K, K) numbers of pixels; rows are the truth, columns the prediction.
+        class_names: Names of the classes.
+    """
+    counts = confusion.cpu().double()
+    percent = (100 * counts / counts.sum(dim=1, keepdim=True)).numpy()  # 0 / 0 is NaN: grey
+    numbered = len(class_names) <= NUMBERED
+    side = max(3.0, (0.42 if numbered else 0.15) * len(class_names))
+    figure = Figure(figsize=(side + 2.4, side + 1.6), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    # One hue, so that it reads without colour too; the root lifts rare confusions off the white.
+    image = axis.imshow(
+        percent,
+        cmap=colormaps["Blues"].with_extremes(bad="0.88"),
+        norm=PowerNorm(0.5, vmin=0, vmax=100),
+        interpolation="nearest",
+    )
+    size = 9 if numbered else 7
+    axis.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize=size)
+    axis.set_yticks(range(len(class_names)), class_names, fontsize=size)
+    axis.set_xlabel("prediction")
+    axis.set_ylabel("truth")
+    bar = figure.colorbar(image, ax=axis, shrink=0.6, aspect=30, pad=0.01)
+    bar.set_label("% of the true pixels")
+    bar.set_ticks([0, 1, 5, 10, 25, 50, 75, 100])
+    if numbered:
+        for row, column in zip(*np.nonzero(percent >= 0.5), strict=True):
+            value = percent[row, column]
+            colour = "white" if value > 35 else "black"
+            axis.text(column, row, f"{value:.0f}", c=colour, ha="center", va="center", fontsize=8)
+    return figure
+
+
+def draw_class_scores(scores: Mapping[str, float], miou: float) -> Figure:
+    """Returns a bar for the IoU of each class, from best to worst, and a line at their mean.
+
+    Args:
+        scores: IoU by class name, 0..1; NaN for a class that does not occur.
+        miou: Their mean.
+    """
+    ranked = sorted(scores.items(), key=lambda item: -1.0 if math.isnan(item[1]) else item[1])[::-1]
+    columns = math.ceil(len(ranked) / BAR_ROWS)
+    rows = math.ceil(len(ranked) / columns)
+    mean = 100 * miou
+    size = (2 + 3.6 * columns, 1.1 + 0.22 * rows)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    figure.suptitle(f"IoU of each class in %, mean {mean:.2f} (dashed)", fontsize=11)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for index, axis in enumerate(axes):
+        _draw_bars(axis, ranked[index * rows : (index + 1) * rows], mean)
+        axis.set_ylim(rows - 0.4, -0.6)
+    return figure
+
+
+def _draw_bars(axis: Axes, scores: Sequence[tuple[str, float]], mean: float) -> None:
+    for row, (_, iou) in enumerate(scores):
+        absent = math.isnan(iou)
+        axis.barh(row, 0 if absent else 100 * iou, color="#0072B2", height=0.75)
+        text = "absent" if absent else f"{100 * iou:.1f}"
+        label = axis.text(1 if absent else 100 * iou + 1, row, text, va="center", fontsize=8)
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+    axis.axvline(mean, color="0.35", linestyle="--", linewidth=1, zorder=0)
+    axis.set_yticks(range(len(scores)), [name for name, _ in scores], fontsize=8)
+    axis.set_xlim(0, 110)
+    axis.set_xticks(range(0, 101, 20))
+    axis.spines[["top", "right"]].set_visible(False)

@@ -5,13 +5,15 @@ python scripts/results.py          only rewrites the tables
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from readme import write_block
+from report_page import Cell, Table, code_as_markdown, table_as_markdown
+from report_tables import number, spread
+from run_folders import Result, read_result
+from settings import statistic
 
 
 def add(name: str, run: Path, store: Path) -> None:
@@ -30,31 +32,35 @@ def add(name: str, run: Path, store: Path) -> None:
         shutil.copyfile(panels[-1], store / f"{name}.png")
 
 
-def percent(value: float | None) -> str:
-    """Returns a fraction in percent, or a dash for an absent class."""
-    return "-" if value is None else f"{100 * value:.2f}"
-
-
-def tables(results: dict[str, Any]) -> str:
+def tables(results: dict[str, Result]) -> str:
     """Returns Markdown: a row for each run, then the per-class IoU of each data set."""
-    lines = ["| run | split | step | mIoU | mAcc | aAcc | machine |", "|" + "---|" * 7]
+    rows = [
+        [
+            Cell(name),
+            Cell(result.stage),
+            number(result.step, "d"),
+            *(spread(statistic([result.scores[key]])) for key in ("miou", "macc", "aacc")),
+            Cell(result.machine or "-"),
+        ]
+        for name, result in results.items()
+    ]
+    head = ("run", "split", "step", "mIoU", "mAcc", "aAcc", "machine")
+    parts = [table_as_markdown(Table(head, rows))]
+    by_classes: dict[tuple[str, ...], dict[str, Result]] = {}
     for name, result in results.items():
-        scores = result["scores"]
-        cells = [percent(scores[key]) for key in ("miou", "macc", "aacc")]
-        lines.append(
-            f"| {name} | {result['stage']} | {result['step']} | {' | '.join(cells)} "
-            f"| {result['machine']} |"
-        )
-    by_classes: dict[tuple[str, ...], dict[str, dict[str, float | None]]] = {}
-    for name, result in results.items():
-        iou = {k.removeprefix("iou/"): v for k, v in result["scores"].items() if "iou/" in k}
-        by_classes.setdefault(tuple(iou), {})[name] = iou
+        classes = tuple(key for key in result.scores if key.startswith("iou/"))
+        by_classes.setdefault(classes, {})[name] = result
     for classes, runs in by_classes.items():
-        lines += ["", f"| IoU | {' | '.join(runs)} |", "|---" * (len(runs) + 1) + "|"]
-        for label in classes:
-            lines.append(f"| {label} | {' | '.join(percent(r[label]) for r in runs.values())} |")
-    lines += ["", "Commands:", "", "```", *(r["command"] for r in results.values()), "```"]
-    return "\n".join(lines)
+        rows = [
+            [
+                Cell(key.removeprefix("iou/")),
+                *(spread(statistic([result.scores[key]])) for result in runs.values()),
+            ]
+            for key in classes
+        ]
+        parts.append(table_as_markdown(Table(["IoU", *runs], rows)))
+    commands = [result.command for result in results.values()]
+    return "\n\n".join([*parts, "Commands:", code_as_markdown(commands)])
 
 
 def main() -> None:
@@ -69,7 +75,7 @@ def main() -> None:
         if not run:
             parser.error(f"--add takes NAME=RUN_FOLDER, got {pair}")
         add(name, Path(run), args.store)
-    results = {p.stem: json.loads(p.read_text()) for p in sorted(args.store.glob("*.json"))}
+    results = {path.stem: read_result(path) for path in sorted(args.store.glob("*.json"))}
     write_block(args.readme, "results", tables(results))
     print(f"{args.readme}: {len(results)} results")
 

@@ -1,0 +1,144 @@
+"""Names settings by what differs between their configs."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Config = Mapping[str, Any]
+"""A config by dotted key."""
+
+NO_DIFFERENCE = (
+    "seed_everything",
+    "name",
+    "runs_dir",
+    "wandb",
+    "ckpt_path",
+    "weights_only",
+    "verbose",
+    "output",
+    "predictions",
+    "checkpoint",
+    "last_checkpoint",
+    "resume",
+    "progress",
+    "panels",
+    "trainer.logger",
+    "trainer.default_root_dir",
+    "trainer.log_every_n_steps",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.num_sanity_val_steps",
+    "trainer.profiler",
+    "data.num_workers",
+    "data.cache",
+    "data.eval_batch_size",
+    "data.predict_dir",
+    "data.predict_output",
+)
+"""Keys, and what keys begin with, that change nothing of what a network learns."""
+PATHS = ("data.root", "model.network.weights_path")
+"""Compared by their last part: the same data lie elsewhere on another machine."""
+OF_EVALUATION = ("data.root", "data.base_size", "model.inference", "trainer.precision")
+"""Keys that an evaluation chooses; everything else was chosen when the network was trained."""
+MOST_PARTS = 3
+"""Differences that a label can name and still be read."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a setting is told from the others by.
+
+    Args:
+        config: What makes a difference.
+        cell: Folder of the cell of a grid of ablations; empty if there is none.
+        name: Of the run.
+    """
+
+    config: Config
+    cell: str
+    name: str
+
+
+def find_kind(config: Config, folder: Path, trained: Config | None, weights: str) -> Kind:
+    """Returns what a run is told from others by.
+
+    Args:
+        config: Of the run.
+        folder: Of the training that it is, or that it evaluates.
+        trained: The config of that training; None if it is not known.
+        weights: What an evaluation evaluates; empty for a training.
+    """
+    if trained is not None and weights:
+        kept = {key: value for key, value in trained.items() if not _starts(key, OF_EVALUATION)}
+        config = kept | {key: v for key, v in config.items() if _starts(key, OF_EVALUATION)}
+    own = {
+        key: Path(str(value)).name if key in PATHS else value
+        for key, value in config.items()
+        # An older config lacks newer options, whose null changes nothing.
+        if value is not None and not _starts(key, NO_DIFFERENCE)
+    }
+    if weights:
+        own["checkpoint"] = weights
+    cell = folder.parents[1].name if folder.parent.name.startswith("seed") else ""
+    return Kind(own, cell, folder.parent.name)
+
+
+def _starts(key: str, beginnings: Sequence[str]) -> bool:
+    return any(key == b or key.startswith((f"{b}.", f"{b}_")) for b in beginnings)
+
+
+def find_labels(kinds: Sequence[Kind]) -> list[str]:
+    """Returns a short label for each kind of a comparison, no two alike.
+
+    That is the folder of the cell of a grid, where there is one; then what differs from most of
+    the others; or the name of the run where there is too much to say.
+    """
+    cells: dict[str, list[int]] = defaultdict(list)
+    for index, kind in enumerate(kinds):
+        cells[kind.cell].append(index)
+    labels = [""] * len(kinds)
+    for cell, members in cells.items():
+        for index, label in zip(members, _label([kinds[i] for i in members]), strict=True):
+            alone = len(members) == 1
+            labels[index] = cell if cell and alone else f"{cell} {label}".strip()
+    return labels
+
+
+def _label(kinds: Sequence[Kind]) -> list[str]:
+    names = [kind.name for kind in kinds]
+    parts = find_differences([kind.config for kind in kinds])
+    long = any(len(part) > MOST_PARTS for part in parts)
+    if len(kinds) == 1 or (long and len(set(names)) == len(names)):
+        return names
+    return [", ".join(part) or "base" for part in parts]
+
+
+def find_differences(configs: Sequence[Config]) -> list[list[str]]:
+    """Returns, for each config, `key=value` of all keys that differ between them.
+
+    A value that more of the configs have than any other goes without saying.
+    """
+    keys = list(dict.fromkeys(key for config in configs for key in config))
+    texts = {key: [_text(config.get(key)) for config in configs] for key in keys}
+    varying = {key: values for key, values in texts.items() if len(set(values)) > 1}
+    found: list[list[str]] = [[] for _ in configs]
+    for key, values in varying.items():
+        if "null" in values and any(key.startswith(f"{other}.") for other in varying):
+            continue  # the arguments of a class that others do not use: its name says enough
+        counts = Counter(values).most_common(2)
+        usual = counts[0][0] if counts[0][1] > counts[1][1] else None
+        short = key.removeprefix("model.").removeprefix("trainer.")
+        for parts, value in zip(found, values, strict=True):
+            if value != usual:
+                parts.append(f"{short}={value}")
+    return found
+
+
+def _text(value: Any) -> str:
+    """Returns a value as one would write it; of a class, its name."""
+    if isinstance(value, str):
+        return value.rsplit(".", 1)[-1] if value.startswith(("isanet_pl.", "torch.")) else value
+    return json.dumps(value, default=str)

@@ -1,0 +1,244 @@
+"""Writes a report of runs: tables, curves and pictures, as Markdown and as one HTML file.
+
+python scripts/report.py runs/ablation --output runs/report
+python scripts/report.py runs/isa runs/dense --output runs/report --title "ISA and dense on CamVid"
+
+Everything is read from run folders; runs that differ in nothing but their seed are one setting.
+Exit codes: 0, files that could not be read are listed; 2 for a wrong command line.
+"""
+
+import argparse
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from report_figures import (
+    MOST_CLASSES,
+    SHOWN,
+    draw_classes,
+    draw_cost,
+    draw_curves,
+    draw_scores,
+    picture,
+    shorten,
+)
+from report_page import (
+    Block,
+    Code,
+    Gallery,
+    Page,
+    Picture,
+    Points,
+    Section,
+    Text,
+    as_html,
+    markdown,
+)
+from report_tables import class_table, run_table, summary_table, unfinished_table
+from resumed_runs import join_resumed
+from run_folders import Run, read_confusion, read_runs
+from settings import Comparison, Setting, compare
+
+from isanet_pl.errors import InputError
+from isanet_pl.pictures import draw_confusion
+
+NOTE = (
+    "Scores in percent: mean ± sample standard deviation (n - 1) over n runs with different seeds; "
+    "a single run has no spread. Differences are in points, between means, from the base."
+)
+LAST = (
+    "A training counts with its last validation. The best one (best val) was chosen on the split "
+    "that it is measured on, which favours it."
+)
+
+
+def build_page(title: str, paths: Sequence[Path], base: str | None) -> Page:
+    """Returns the report of the runs in some folders.
+
+    Args:
+        title: Of the page.
+        paths: Run folders, or folders above them.
+        base: Label of the setting that others are compared with; None: each time the best.
+
+    Raises:
+        InputError: There are no runs, or no such setting.
+    """
+    problems: list[str] = []
+    runs = join_resumed(read_runs(paths, problems))
+    comparisons = compare(runs, problems)
+    labels = [setting.label for c in comparisons for setting in c.settings]
+    if base is not None and base not in labels:
+        raise InputError(f"no setting is called {base!r}; --base takes one of {labels}")
+    sections = [s for c in comparisons for s in describe(c, base, problems)]
+    unfinished = [run for run in runs if run.result is None]
+    if unfinished:
+        text = Text("Stopped, failed, or still running: they have no results.json.")
+        sections.append(Section("Not finished", 2, [text, unfinished_table(unfinished)]))
+    if problems:
+        sections.append(Section("Left out", 2, [Points(problems)]))
+    done = [run for run in runs if run.result]
+    if done:
+        sections.append(Section("Runs", 2, [run_table(comparisons)]))
+        sections.append(
+            Section("Commands", 2, [Code([r.result.command for r in done if r.result])])
+        )
+    return Page(title, [head(runs), Text(NOTE), Text(LAST)], sections)
+
+
+def head(runs: Sequence[Run]) -> Points:
+    """Returns where and with what the runs were made."""
+    results = [run.result for run in runs if run.result]
+    facts = {
+        "machine": {result.machine for result in results},
+        "PyTorch": {result.torch for result in results},
+        "commit": {result.git for result in results},
+    }
+    lines = [f"{len(results)} finished runs, {len(runs) - len(results)} not finished"]
+    for name, values in facts.items():
+        known = sorted(value for value in values if value)
+        if known:
+            lines.append(f"{name}: {', '.join(known)}")
+    return Points(lines)
+
+
+def describe(comparison: Comparison, base: str | None, problems: list[str]) -> list[Section]:
+    """Returns the sections of a comparison; what its runs lack is left out, and said."""
+    settings, best = comparison.settings, comparison.settings[0]
+    reference = next((s for s in settings if s.label == base), best)
+    slug = re.sub(r"\W+", "-", comparison.title.lower())
+
+    def draw(kind: str, alt: str, figure: Callable[[], Figure]) -> Picture:
+        return picture(f"{slug}-{kind}", alt, figure)
+
+    scores: list[Block] = [summary_table(comparison, reference)]
+    if len(settings) > 1:
+        scores.append(draw("scores", "mIoU of each setting", lambda: draw_scores(comparison)))
+    sections = [Section(comparison.title, 2, scores)]
+
+    def add(title: str, *blocks: Block) -> None:
+        sections.append(Section(title, 3, blocks))
+
+    shown = f"The best {SHOWN} of {len(settings)} settings are told apart."
+    many = [Text(shown)] if len(settings) > SHOWN else []
+    if comparison.classes:
+        chosen = f"Bars: the {MOST_CLASSES} classes whose IoU differs most."
+        note = [Text(chosen)] if len(comparison.classes) > MOST_CLASSES else []
+        bars = draw("classes", "IoU of each class", lambda: draw_classes(comparison))
+        add("Classes", class_table(comparison), *many, *note, bars)
+    if any(setting.curves("train/loss") for setting in settings):
+        text = Text(
+            "Seeds thin, their mean thick; the loss is averaged over a twentieth of its points."
+        )
+        curves = draw("curves", "learning curves", lambda: draw_curves(comparison))
+        add("Learning curves", text, *many, curves)
+    elif comparison.command == "fit":
+        add("Learning curves", Text("Nothing to show: no metrics.csv holds train/loss."))
+    if len(settings) > 1 and any(s.parameters or s.images_per_s for s in settings):
+        cost = draw("cost", "cost against mIoU", lambda: draw_cost(comparison))
+        add("Cost", *many, cost)
+    add("Confusion", *confusion(best, comparison, draw, problems))
+    add("Predictions", *panels(comparison, slug, problems))
+    return sections
+
+
+def confusion(
+    best: Setting,
+    comparison: Comparison,
+    draw: Callable[[str, str, Callable[[], Figure]], Picture],
+    problems: list[str],
+) -> list[Block]:
+    """Returns the confusion matrix of the best setting, summed over its runs."""
+    name = f"confusion_{comparison.split}.csv"
+    total, count = torch.zeros(len(comparison.classes), len(comparison.classes)), 0
+    for run in best.runs.values():
+        path = run.folder / name
+        try:
+            names, counts = read_confusion(path)
+            if tuple(names) != comparison.classes:
+                raise ValueError(f"its classes are {names}")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            problems.append(f"{path} is left out: {error}")
+            continue
+        total, count = total + torch.tensor(counts), count + 1
+    if not count:
+        return [Text(f"Nothing to show: no run of {best.label} holds {name}.")]
+    classes = [shorten(text, 24) for text in comparison.classes]
+    title = f"{best.label}, pixels of {count} of {len(best.runs)} runs"
+    return [Text(title), draw("confusion", title, lambda: draw_confusion(total, classes))]
+
+
+def panels(comparison: Comparison, slug: str, problems: list[str]) -> list[Block]:
+    """Returns the last predictions of one run of each setting, side by side."""
+    pictures, missing = [], []
+    for number, setting in enumerate(comparison.settings):
+        found = [
+            (seed, path) for seed, run in sorted(setting.runs.items()) if (path := run.panel())
+        ]
+        if not found:
+            missing.append(setting.label)
+            continue
+        seed, path = found[0]
+        smaller = io.BytesIO()
+        try:
+            with Image.open(path) as image:
+                image.convert("RGB").save(smaller, "WEBP", quality=85)
+            png = path.read_bytes()
+        except (OSError, SyntaxError) as error:  # Pillow's word for a PNG with broken chunks
+            problems.append(f"{path} is left out: {error}")
+            missing.append(setting.label)
+            continue
+        alt = f"{setting.label}, seed {seed}, {path.stem}"
+        pictures.append(
+            Picture(f"{slug}-panel-{number}", alt, png, smaller.getvalue(), "image/webp")
+        )
+    blocks: list[Block] = [Gallery(pictures)] if pictures else []
+    return [*blocks, Text(f"No pictures of {', '.join(missing)}.")] if missing else blocks
+
+
+def write(page: Page, folder: Path) -> None:
+    """Writes report.html, report.md and the pictures of the latter.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    blocks = [block for section in page.sections for block in section.blocks]
+    galleries = [block.pictures for block in blocks if isinstance(block, Gallery)]
+    pictures = [block for block in blocks if isinstance(block, Picture)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for shown in [*pictures, *(p for gallery in galleries for p in gallery)]:
+            (folder / f"{shown.name}.png").write_bytes(shown.png)
+        (folder / "report.md").write_text(markdown(page), "utf-8")
+        (folder / "report.html").write_text(as_html(page), "utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {error.filename}: {error.strerror}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUNS", help="run folders, or folders above them")
+    add("--output", type=Path, required=True, help="folder for report.html, report.md and pictures")
+    add("--title", default="Segmentation runs", help="heading of the report")
+    add("--base", help="label of the setting that others are compared with; else it is the best")
+    args = parser.parse_args(arguments)
+    try:
+        page = build_page(args.title, args.runs, args.base)
+        write(page, args.output)
+    except InputError as error:
+        print(f"report: error: {error}", file=sys.stderr)
+        return 2
+    print(f"written to {args.output}: report.html, report.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Finds which training wrote a checkpoint, and joins the folders of a resumed one."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from run_folders import Run
+
+
+def owner(checkpoint: str | None, runs: Iterable[Run]) -> Run | None:
+    """Returns the training that wrote a checkpoint; None if it is not among the runs.
+
+    Folders may have been moved since: it is the one whose path ends most like the checkpoint's,
+    at least in NAME/version_N, or in CELL/seedN/version_N.
+    """
+    if not checkpoint:
+        return None
+    wanted = Path(checkpoint).absolute().parent.parent.parts
+
+    def shared(folder: Path) -> int:
+        pairs = zip(reversed(wanted), reversed(folder.absolute().parts), strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(wanted))
+
+    likeness = [(max(map(shared, run.folders)), run) for run in runs if run.command == "fit"]
+    least = 3 if re.fullmatch(r"seed\d+", wanted[-2]) else 2
+    most = max((count for count, _ in likeness), default=0)
+    best = [run for count, run in likeness if count == most]
+    return best[0] if most >= least and len(best) == 1 else None
+
+
+def join_resumed(runs: Sequence[Run]) -> list[Run]:
+    """Returns the runs, a resumed training as one; a finished one stays what it is as well."""
+    earlier = {
+        run.folder: found
+        for run in runs
+        if run.command == "fit" and (found := owner(run.config.get("ckpt_path"), runs))
+        if found is not run
+    }
+    absorbed = {run.folder for run in earlier.values() if run.result is None}
+    joined = []
+    for run in runs:
+        if run.folder in absorbed:
+            continue
+        whole, seen = run, {run.folder}
+        while (before := earlier.get(whole.folders[0])) and before.folder not in seen:
+            whole = continue_run(before, whole)
+            seen.add(before.folder)
+        joined.append(whole)
+    return joined
+
+
+def continue_run(first: Run, then: Run) -> Run:
+    """Returns two runs as one, without the steps of the first that the second did again."""
+    start = min((min(curve) for curve in then.curves.values() if curve), default=math.inf)
+    curves = {
+        name: {
+            **{step: value for step, value in first.curves.get(name, {}).items() if step < start},
+            **then.curves.get(name, {}),
+        }
+        for name in {**first.curves, **then.curves}
+    }
+    known = [run.seconds for run in (first, then) if run.seconds is not None]
+    return replace(
+        then,
+        folders=first.folders + then.folders,
+        curves={name: curve for name, curve in curves.items() if curve},
+        seconds=sum(known) if known else None,
+        all_seconds=len(known) == 2 and then.all_seconds,
+    )

@@ -1,0 +1,177 @@
+"""Groups runs: those that differ in nothing but their seed are one setting, measured again."""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from labels import Kind, find_differences, find_kind, find_labels
+from resumed_runs import owner
+from run_folders import Curve, Run
+
+COMMANDS = ("fit", "validate", "test")
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Mean, sample standard deviation (None for a single value) and number of some values."""
+
+    mean: float
+    std: float | None
+    n: int
+
+
+def statistic(values: Iterable[float | None]) -> Statistic | None:
+    """Returns the statistic of the values that are there, None if none is."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    std = statistics.stdev(known) if len(known) > 1 else None
+    return Statistic(statistics.fmean(known), std, len(known))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train or evaluate, and its finished runs.
+
+    Args:
+        label: Short name.
+        difference: What it has that most others of its comparison have not.
+        runs: By the seed of the training; where that is not fixed, by the run's folder.
+        number: Of the label, counted over all comparisons: the same one looks the same in all.
+    """
+
+    label: str
+    difference: str
+    runs: dict[str, Run]
+    number: int = 0
+
+    def score(self, name: str) -> Statistic | None:
+        """Returns a score over the runs, as a fraction; None for a class that is absent."""
+        return statistic(run.result.scores.get(name) for run in self.runs.values() if run.result)
+
+    @property
+    def miou(self) -> Statistic:
+        """Returns the mIoU over the runs, as a fraction."""
+        score = self.score("miou")
+        assert score is not None  # no result is read without it
+        return score
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Returns the median speed of training: of each run first, then of the runs."""
+        speeds = [curve.values() for curve in self.curves("images_per_s")]
+        return statistics.median(map(statistics.median, speeds)) if speeds else None
+
+    @property
+    def parameters(self) -> int | None:
+        """Returns the number of parameters."""
+        return next((r.result.parameters for r in self.runs.values() if r.result), None)
+
+    def curves(self, name: str) -> list[Curve]:
+        """Returns what the runs logged under a name."""
+        return [run.curves[name] for run in self.runs.values() if name in run.curves]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Settings whose scores may be compared: same command, data set, split and classes.
+
+    Args:
+        title: What was measured.
+        command: fit, validate or test.
+        split: val or test.
+        classes: Names of the classes.
+        settings: The best first.
+    """
+
+    title: str
+    command: str
+    split: str
+    classes: tuple[str, ...]
+    settings: tuple[Setting, ...]
+
+
+@dataclass
+class _Group:
+    kind: Kind
+    runs: dict[str, Run] = field(default_factory=dict)
+
+
+def compare(runs: Sequence[Run], problems: list[str]) -> list[Comparison]:
+    """Returns the finished runs, grouped; trainings come first.
+
+    Args:
+        runs: Of any kind.
+        problems: Gets a line for every run that is left out.
+    """
+    members: dict[tuple[str, str, str, tuple[str, ...]], list[Run]] = {}
+    for run in runs:
+        if run.result is None:
+            continue
+        if not run.config:
+            problems.append(f"{run.folder} is left out: without config.yaml nothing tells its kind")
+            continue
+        classes = tuple(k.removeprefix("iou/") for k in run.result.scores if k.startswith("iou/"))
+        data = str(run.config.get("data", "data")).rsplit(".", 1)[-1]
+        members.setdefault((run.command, data, run.result.stage, classes), []).append(run)
+    comparisons = []
+    numbers: dict[str, int] = {}
+    for key in sorted(members, key=lambda key: (COMMANDS.index(key[0]), key)):
+        command, data, split, classes = key
+        how = "at the end of training" if command == "fit" else f"by isanet-pl {command}"
+        settings = find_settings(members[key], runs, problems)
+        settings.sort(key=lambda setting: -setting.miou.mean)
+        settings = [
+            replace(setting, number=numbers.setdefault(setting.label, len(numbers)))
+            for setting in settings
+        ]
+        title = f"{data} {split} {how}"
+        comparisons.append(Comparison(title, command, split, classes, tuple(settings)))
+    return comparisons
+
+
+def find_settings(
+    members: Sequence[Run], runs: Sequence[Run], problems: list[str]
+) -> list[Setting]:
+    """Returns the labelled settings of some runs.
+
+    Args:
+        members: Finished runs of one comparison.
+        runs: All runs: an evaluation is told from others by the training behind it.
+        problems: Gets a line for every run that a later one repeats: it is no other seed.
+    """
+    groups: dict[str, _Group] = {}
+    for run in members:
+        training, kind = _identify(run, runs)
+        key = json.dumps(kind.config, sort_keys=True, default=str)
+        same = groups.setdefault(key, _Group(kind)).runs
+        seed = training.config.get("seed_everything")
+        name = str(seed) if type(seed) is int else str(training.folder)
+        if name in same:
+            problems.append(
+                f"{same[name].folder} is left out: {run.folder}, which is later, has the same "
+                "setting and seed"
+            )
+        same[name] = run
+    kinds = [group.kind for group in groups.values()]
+    differences = find_differences([kind.config for kind in kinds])
+    return [
+        Setting(label, ", ".join(parts), group.runs)
+        for group, label, parts in zip(
+            groups.values(), find_labels(kinds), differences, strict=True
+        )
+    ]
+
+
+def _identify(run: Run, runs: Sequence[Run]) -> tuple[Run, Kind]:
+    """Returns the training that a run is or evaluates, itself if that is unknown, and its kind."""
+    if run.command == "fit":
+        return run, find_kind(run.config, run.folder, None, "")
+    checkpoint = str(run.config.get("ckpt_path"))
+    training = owner(checkpoint, runs)
+    if training is None:
+        return run, find_kind(run.config, run.folder, None, checkpoint)
+    weights = Path(checkpoint).name
+    return training, find_kind(run.config, training.folder, training.config, weights)

@@ -1,0 +1,79 @@
+"""Pictures of scores say what the numbers say, and can be read."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from isanet_pl.pictures import draw_class_scores, draw_confusion, render
+
+
+def labels_of(axis, which):
+    return [label.get_text() for label in getattr(axis, f"get_{which}ticklabels")()]
+
+
+def overlapping(labels, renderer):
+    boxes = [label.get_window_extent(renderer) for label in labels]
+    return [
+        (a.get_text(), b.get_text())
+        for a, b, first, second in zip(labels, labels[1:], boxes, boxes[1:], strict=False)
+        if first.overlaps(second)
+    ]
+
+
+def test_confusion_rows_are_percent_of_the_true_pixels():
+    counts = torch.tensor([[90, 10, 0], [0, 0, 0], [1, 299, 700]])
+    axis = draw_confusion(counts, ["sky", "road", "car"]).axes[0]
+    assert labels_of(axis, "x") == labels_of(axis, "y") == ["sky", "road", "car"]
+    shown = np.ma.filled(axis.images[0].get_array(), np.nan)
+    expected = [[90, 10, 0], [math.nan] * 3, [0.1, 29.9, 70]]
+    np.testing.assert_allclose(shown, expected)
+    cells = {tuple(text.get_position()): text.get_text() for text in axis.texts}
+    # (prediction, truth); what rounds to nothing is left empty
+    assert cells == {(0, 0): "90", (1, 0): "10", (1, 2): "30", (2, 2): "70"}
+
+
+@pytest.mark.parametrize("num_classes", [2, 30, 150])
+def test_confusion_matrix_is_legible_at_any_number_of_classes(num_classes):
+    names = [f"class number {i}" for i in range(num_classes)]
+    figure = draw_confusion(torch.eye(num_classes), names)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    axis = figure.axes[0]
+    assert not overlapping(axis.get_xticklabels(), canvas.get_renderer())
+    assert not overlapping(axis.get_yticklabels(), canvas.get_renderer())
+    assert bool(axis.texts) == (num_classes <= 30)
+
+
+def test_bars_go_from_best_to_worst_and_say_what_is_absent():
+    scores = {"sky": 0.5, "road": math.nan, "car": 0.915, "tree": 0.0}
+    (axis,) = draw_class_scores(scores, 0.4717).axes
+    assert labels_of(axis, "y") == ["car", "sky", "tree", "road"]
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([91.5, 50, 0, 0])
+    assert [text.get_text() for text in axis.texts] == ["91.5", "50.0", "0.0", "absent"]
+    assert axis.lines[0].get_xdata()[0] == pytest.approx(47.17)
+    assert "47.17" in axis.figure.get_suptitle()
+
+
+def test_many_bars_stand_in_columns():
+    scores = {f"class number {i}": i / 150 for i in range(150)}
+    figure = draw_class_scores(scores, 0.5)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    shown = [name for axis in figure.axes for name in labels_of(axis, "y")]
+    assert shown == list(scores)[::-1]
+    assert len(figure.axes) == 3
+    for axis in figure.axes:
+        assert not overlapping(axis.get_yticklabels(), canvas.get_renderer())
+
+
+def test_scores_of_a_split_without_any_label_can_be_drawn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        render(draw_class_scores({"a": math.nan, "b": math.nan}, math.nan))
+        pixels = render(draw_confusion(torch.zeros(2, 2), ["a", "b"]))
+    assert pixels.dtype == np.uint8
+    assert pixels.shape[2] == 3

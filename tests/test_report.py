@@ -1,0 +1,390 @@
+"""The report: grouping, numbers, joining, escaping; what is missing or broken."""
+
+import json
+import re
+from html.parser import HTMLParser
+from urllib.parse import urlparse
+
+import pytest
+import yaml
+from PIL import Image
+
+pytestmark = pytest.mark.usefixtures("scripts_on_path")
+
+CLASSES = {"road": 0.9, "car": 0.3}
+VOID = {"area", "br", "hr", "img", "input", "link", "meta"}
+
+
+def write_run(folder, miou=None, seed=0, steps=(10, 20), command="fit", config=None, **scores):
+    """Writes a run folder as isanet-pl does; without a score it is one that was killed.
+
+    `config` holds dotted keys; `scores` replaces those of the classes.
+    """
+    folder.mkdir(parents=True)
+    (folder / "panels").mkdir()
+    stage = "test" if command == "test" else "val"
+    content = {"seed_everything": seed, "name": folder.parent.name, "trainer": {"max_steps": 20}}
+    content["model"] = {"network": {"context": "isa"}, "optimizer": {"class_path": "torch.SGD"}}
+    content["data"] = {"class_path": "isanet_pl.data.CamVid", "init_args": {"root": "a/camvid"}}
+    if command != "fit":
+        content["verbose"] = True
+    for key, value in (config or {}).items():
+        *path, last = key.split(".")
+        part = content
+        for name in path:
+            part = part.setdefault(name, {})
+        part[last] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    if command == "fit":
+        lines = ["epoch,step,train/loss,images_per_s,lr/new,val/miou"]
+        for step in steps:
+            lines.append(f"0,{step - 1},{1 / step},{step},0.1,")
+            lines.append(f",{step},,,,{step / 100}")
+        (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    if miou is None:
+        return folder
+    Image.new("RGB", (8, 4), "red").save(folder / "panels" / f"{stage}_step=000020.png")
+    record = {"command": f"isanet-pl {command}", "stage": stage, "step": 20, "seconds": 90}
+    record |= {"machine": "a machine", "torch": "2.8", "git": "abc", "parameters": 2_500_000}
+    classes = {f"iou/{name}": value for name, value in (scores or CLASSES).items()}
+    record["scores"] = {"miou": miou, "macc": 0.5, "aacc": 0.75, **classes}
+    (folder / "results.json").write_text(json.dumps(record))
+    return folder
+
+
+def context(value):
+    return {"model.network.context": value}
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """Three seeds of isa, one of none, one of dense that was killed."""
+    for seed, miou in enumerate((0.5, 0.6, 0.7)):
+        write_run(tmp_path / "runs" / "isa" / f"version_{seed}", miou, seed)
+    write_run(tmp_path / "runs" / "none" / "version_0", 0.25, config=context("none"))
+    write_run(tmp_path / "runs" / "dense" / "version_0", config=context("dense"))
+    return tmp_path / "runs"
+
+
+def compared(*paths):
+    """Returns the comparisons of some folders, and what was left out."""
+    from resumed_runs import join_resumed
+    from run_folders import read_runs
+    from settings import compare
+
+    problems = []
+    return compare(join_resumed(read_runs(paths, problems)), problems), problems
+
+
+def report(*arguments):
+    from report import main
+
+    return main([str(argument) for argument in arguments])
+
+
+def rows(text, first):
+    """Returns the cells of the Markdown rows that start with a cell."""
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines()]
+    return [[cell.strip() for cell in row] for row in cells if row and row[0].strip() == first]
+
+
+class Reader(HTMLParser):
+    """Checks that tags are nested, and collects tags, attributes and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.text = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "data", "action")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_statistics_are_those_of_a_sample():
+    from settings import Statistic, statistic
+
+    found = statistic([0.5, None, 0.6, 0.7])
+    assert (found.mean, found.std, found.n) == (pytest.approx(0.6), pytest.approx(0.1), 3)
+    assert statistic([0.5]) == Statistic(0.5, None, 1)  # one value has no spread
+    assert statistic([None]) is None
+
+
+def test_the_tables_hold_the_numbers_of_the_runs(grid, tmp_path):
+    assert report(grid, "--output", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    head, best = rows(text, "setting")[0], rows(text, "network.context=isa")[0]
+    assert dict(zip(head, best, strict=True)) == {
+        "setting": "network.context=isa",
+        "n": "3",
+        "val mIoU": "**60.00 ± 10.00**",
+        "difference": "base",
+        "best val mIoU": "20.00 ± 0.00",
+        "mAcc": "50.00 ± 0.00",
+        "aAcc": "75.00 ± 0.00",
+        "M params": "2.50",
+        "time": "2 min",
+        "images/s": "15.0",
+    }
+    other = dict(zip(head, rows(text, "network.context=none")[0], strict=True))
+    assert other["val mIoU"] == "25.00"  # a single run has no spread
+    assert other["difference"] == "-35.00"
+    assert rows(text, "car") == [["car", "30.00 ± 0.00", "30.00"]]
+    killed = str(grid / "dense" / "version_0")
+    assert rows(text, killed) == [[killed, "fit", "20 of 20", "20.00"]]
+    assert "4 finished runs, 1 not finished" in text
+    assert text.count("isanet-pl fit") == 4
+
+
+def test_a_base_is_compared_with(grid, tmp_path, capsys):
+    assert report(grid, "--output", tmp_path / "out", "--base", "network.context=none") == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "+35.00" in rows(text, "network.context=isa")[0]
+    assert report(grid, "--output", tmp_path / "out", "--base", "nothing") == 2
+    assert "no setting is called 'nothing'" in capsys.readouterr().err
+
+
+def test_only_seeds_names_and_places_are_no_difference(tmp_path):
+    write_run(tmp_path / "a" / "version_0", 0.5, 0)
+    same = {"data.init_args.root": "/else/where/camvid", "runs_dir": "x", "new_option": None}
+    write_run(tmp_path / "b" / "version_0", 0.6, 1, config=same)
+    write_run(tmp_path / "c" / "version_0", 0.1, 0, config={"model.optimizer.init_args.lr": 0.5})
+    (comparison,), problems = compared(tmp_path)
+    found = {setting.label: sorted(setting.runs) for setting in comparison.settings}
+    assert found == {"optimizer.lr=null": ["0", "1"], "optimizer.lr=0.5": ["0"]}
+    assert problems == []
+
+
+def test_a_seed_that_is_run_again_counts_once(tmp_path):
+    for version, miou in ((9, 0.5), (10, 0.6)):
+        write_run(tmp_path / "a" / f"version_{version}", miou, seed=4)
+    (comparison,), problems = compared(tmp_path)
+    (setting,) = comparison.settings
+    assert (setting.miou.mean, setting.miou.n) == (0.6, 1)
+    assert len(problems) == 1
+    assert "version_9 is left out" in problems[0]
+
+
+def test_what_may_not_be_compared_is_apart(tmp_path):
+    write_run(tmp_path / "a" / "version_0", 0.5)
+    write_run(tmp_path / "b" / "version_0", 0.5, sky=0.5)
+    write_run(tmp_path / "c" / "version_0", 0.5, command="test", config={"ckpt_path": "x/y/c/b"})
+    comparisons, _ = compared(tmp_path)
+    assert [(c.command, c.classes) for c in comparisons] == [
+        ("fit", ("road", "car")),
+        ("fit", ("sky",)),
+        ("test", ("road", "car")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("configs", "labels"),
+    [
+        ([{"a": 1}, {"a": 2}], ["a=1", "a=2"]),
+        (  # what most have goes without saying
+            [{"a": 1, "b": 1}, {"a": 2, "b": 1}, {"a": 1, "b": 2}],
+            ["base", "a=2", "b=2"],
+        ),
+        ([{}, {"model.network.x": [8, 8]}], ["network.x=null", "network.x=[8, 8]"]),
+        (  # the class says enough
+            [{"o": "torch.optim.SGD", "o.momentum": 0.9}, {"o": "torch.optim.AdamW"}],
+            ["o=SGD", "o=AdamW"],
+        ),
+        (  # too much to say
+            [dict.fromkeys("abcd", 1), dict.fromkeys("abcd", 2)],
+            ["name 0", "name 1"],
+        ),
+    ],
+)
+def test_labels_say_what_differs(configs, labels):
+    from labels import Kind, find_labels
+
+    kinds = [Kind(config, "", f"name {index}") for index, config in enumerate(configs)]
+    assert find_labels(kinds) == labels
+
+
+def test_cells_of_a_grid_keep_their_names(tmp_path):
+    for cell in ("base", "context_none"):
+        for seed in (0, 1):
+            config = context("none") if cell != "base" else None
+            write_run(tmp_path / cell / f"seed{seed}" / "version_0", 0.5, seed, config=config)
+    (comparison,), _ = compared(tmp_path)
+    assert {setting.label: setting.miou.n for setting in comparison.settings} == {
+        "base": 2,
+        "context_none": 2,
+    }
+    assert {s.difference for s in comparison.settings} == {
+        "network.context=isa",
+        "network.context=none",
+    }
+
+
+def test_a_resumed_run_is_one_run(tmp_path):
+    first = write_run(tmp_path / "a" / "version_0", steps=(10, 20, 30))
+    config = {"ckpt_path": "elsewhere/a/version_0/checkpoints/last.ckpt"}  # since moved
+    second = write_run(tmp_path / "a" / "version_1", 0.5, steps=(25, 35), config=config)
+    (comparison,), problems = compared(tmp_path)
+    (run,) = comparison.settings[0].runs.values()
+    assert run.folders == (first, second)
+    # What came after the checkpoint was done again.
+    assert run.curves["val/miou"] == {10: 0.1, 20: 0.2, 25: 0.25, 35: 0.35}
+    assert list(run.curves["train/loss"]) == [10, 20, 25, 35]
+    assert (run.seconds, run.all_seconds) == (90, False)
+    assert problems == []
+
+
+def test_a_finished_run_that_went_on_stays_a_run(tmp_path):
+    write_run(tmp_path / "a" / "version_0", 0.4, steps=(10,))
+    config = {"ckpt_path": "a/version_0/checkpoints/last.ckpt", "trainer.max_steps": 40}
+    write_run(tmp_path / "a" / "version_1", 0.5, steps=(20,), config=config)
+    (comparison,), _ = compared(tmp_path)
+    found = {setting.label: list(setting.runs.values()) for setting in comparison.settings}
+    assert {label: len(runs[0].folders) for label, runs in found.items()} == {
+        "max_steps=20": 1,
+        "max_steps=40": 2,
+    }
+    assert found["max_steps=40"][0].seconds == 180
+
+
+def test_evaluations_are_told_apart_by_their_trainings(tmp_path):
+    for seed, lr in ((0, 0.1), (1, 0.1), (0, 0.2)):
+        name = f"lr{lr}_{seed}"
+        rate = {"model.optimizer.init_args.lr": lr}
+        write_run(tmp_path / name / "version_0", 0.5, seed, config=rate)
+        for weights in ("best", "last"):
+            path = {"ckpt_path": f"{name}/version_0/checkpoints/{weights}.ckpt"}
+            folder = tmp_path / f"{name}_{weights}" / "version_0"
+            write_run(folder, 0.4, command="test", config=path)
+    comparisons, problems = compared(tmp_path)
+    found = {setting.label: sorted(setting.runs) for setting in comparisons[1].settings}
+    assert found == {
+        "optimizer.lr=0.1, checkpoint=best.ckpt": ["0", "1"],
+        "optimizer.lr=0.1, checkpoint=last.ckpt": ["0", "1"],
+        "optimizer.lr=0.2, checkpoint=best.ckpt": ["0"],
+        "optimizer.lr=0.2, checkpoint=last.ckpt": ["0"],
+    }
+    assert problems == []
+
+
+def test_steps_are_counted_as_they_were_logged(tmp_path):
+    from run_folders import read_curves
+
+    path = tmp_path / "metrics.csv"
+    # Lightning's own count starts at 0 and comes with an epoch.
+    path.write_text("epoch,step,train/loss,val/miou\n0,9,0.5,\n,10,,0.25\n0,19,nan,\n0,29,0.1\n")
+    problems = []
+    assert read_curves(path, problems) == {"train/loss": {10: 0.5}, "val/miou": {10: 0.25}}
+    assert problems == [f"{path}: line 5 is broken and left out"]
+
+
+def test_names_are_only_names(tmp_path):
+    evil = "<b>|x $y_$`*[a](http://a)"  # $y_$ is no formula
+    config = context('"><script>alert(1)</script>')
+    write_run(tmp_path / "a" / "version_0", 0.5, **{evil: 0.5, "_c": None})
+    write_run(tmp_path / "b" / "version_0", 0.4, config=config, **{evil: 0.4, "_c": None})
+    assert report(tmp_path, "--output", tmp_path / "out", "--title", "<i>&") == 0
+    page = Reader((tmp_path / "out" / "report.html").read_text())
+    assert {"b", "i"}.isdisjoint(page.tags)
+    assert page.tags.count("script") == 1  # the one that sorts
+    assert {evil, "<i>&", "_c"} <= set(page.text)
+    assert sum("alert" in text for text in page.text) > 2
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "<b>" not in text
+    assert "<script>" not in text.split("```")[0]
+    escaped = r"&lt;b&gt;\|x \$y\_\$\`\*\[a\](http://a)"
+    assert rows(text, escaped) == [[escaped, "**50.00**", "40.00"]]
+
+
+def test_the_page_needs_nothing_else_and_is_always_the_same(grid, tmp_path):
+    for name in ("one", "two"):
+        assert report(grid, "--output", tmp_path / name) == 0
+    files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
+    text = files["report.html"].decode()
+    page = Reader(text)
+    assert {urlparse(link).scheme for link in page.links} == {"", "data"}
+    assert all(link.startswith(("data:image/", "#")) for link in page.links)
+    assert "url(" not in text
+    assert "@import" not in text
+    shown = re.findall(r"\]\(([^)]+\.png)\)", files["report.md"].decode())
+    assert set(shown) == {name for name in files if name.endswith(".png")}
+    # Scores, classes, curves, cost and two panels.
+    assert len(shown) == 6
+    assert len([link for link in page.links if link.startswith("data:")]) == 6
+
+
+def test_the_confusion_is_that_of_the_best_over_its_runs(grid, tmp_path, monkeypatch):
+    import report as script
+
+    drawn = []
+    draw = script.draw_confusion
+    monkeypatch.setattr(script, "draw_confusion", lambda *args: drawn.append(args) or draw(*args))
+    for version, name in ((0, "isa"), (2, "isa"), (0, "none")):
+        path = grid / name / f"version_{version}" / "confusion_val.csv"
+        path.write_text(f"road,car\n{version + 1},2\n3,4\n")
+    (grid / "isa" / "version_1" / "confusion_val.csv").write_text("road,car\n1,2\n")
+    assert report(grid, "--output", tmp_path / "out") == 0
+    ((counts, names),) = drawn
+    assert counts.tolist() == [[4, 4], [6, 8]]
+    assert names == ["road", "car"]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "network.context=isa, pixels of 2 of 3 runs" in text
+    assert "version_1/confusion_val.csv is left out: 2 classes need" in text.replace("\\", "")
+
+
+def test_what_is_missing_or_broken_is_said(grid, tmp_path):
+    (grid / "isa" / "version_0" / "results.json").write_text('{"scores": {}}')
+    (grid / "isa" / "version_1" / "metrics.csv").write_text("a,b\n1,2\n")
+    (grid / "isa" / "version_1" / "panels" / "val_step=000020.png").write_bytes(b"no")
+    (grid / "isa" / "version_2" / "metrics.csv").unlink()
+    (grid / "none" / "version_0" / "config.yaml").write_text("a: [")
+    assert report(grid, "--output", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "report.md").read_text().replace("\\", "")
+    assert "version_0/results.json is left out: it lacks what a result has: 'miou'" in text
+    assert "version_1/metrics.csv is left out: it has no column 'step'" in text
+    assert "none/version_0/config.yaml is left out: while parsing" in text
+    assert "none/version_0 is left out: without config.yaml" in text
+    assert "panels/val_step=000020.png is left out: cannot identify image" in text
+    assert "No pictures of isa" in text
+    assert "no metrics.csv holds train/loss" in text
+    assert "no run of isa holds confusion_val.csv" in text
+    assert dict(zip(rows(text, "setting")[0], rows(text, "isa")[0], strict=True))["n"] == "2"
+
+
+def test_a_report_of_unfinished_runs_lists_them(tmp_path):
+    write_run(tmp_path / "runs" / "a" / "version_0")
+    failed = write_run(tmp_path / "runs" / "b" / "version_0")
+    (failed / "metrics.csv").unlink()
+    assert report(tmp_path / "runs", "--output", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert rows(text, str(failed)) == [[str(failed), "fit", "nothing logged", "-"]]
+
+
+def test_a_wrong_command_line_is_refused(tmp_path, grid, capsys):
+    (tmp_path / "empty").mkdir()
+    assert report(tmp_path / "empty", "--output", tmp_path / "out") == 2
+    assert f"no run folder in {tmp_path / 'empty'}" in capsys.readouterr().err
+    assert report(tmp_path / "nowhere", "--output", tmp_path / "out") == 2
+    assert f"{tmp_path / 'nowhere'} is no folder" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert report(grid, "--output", tmp_path / "file") == 2
+    assert f"cannot write {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_curves_are_smoothed_and_averaged():
+    from report_figures import mean_curve, smooth
+
+    ramp = {step: float(step) for step in range(1, 41)}  # 40 points: over 2
+    smoothed = smooth(ramp)
+    assert (smoothed[1], smoothed[2], smoothed[40]) == (1.0, 1.5, 39.5)
+    assert mean_curve([{1: 1.0, 2: 2.0}, {2: 4.0, 3: 9.0}]) == {2: 3.0}
+    assert mean_curve([]) == {}
