@@ -1,0 +1,357 @@
+"""The ablation runner, with real runs of a few steps."""
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from test_cli import TINY
+from test_readme import COMMANDS, ROOT
+from wandb_file import RunFile
+
+SCRIPT = ROOT / "scripts" / "ablate.py"
+OVERLAYS = ROOT / "configs" / "ablation"
+NONE = OVERLAYS / "context_none.yaml"
+QUICK = ("--", "--panels.num_images", "0")
+
+
+@pytest.fixture(autouse=True)
+def clean_process(monkeypatch, scripts_on_path):
+    monkeypatch.setattr(sys, "argv", ["ablate.py"])
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+
+
+def write_base(folder, **trainer):
+    """Writes a config that trains in seconds, and one that fails once the data is read."""
+    config = yaml.safe_load(TINY)
+    config["trainer"] |= {"enable_progress_bar": True, **trainer}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    (folder / "hungry.yaml").write_text("data: {init_args: {batch_size: 9}}")
+    return folder
+
+
+def start(folder, *args):
+    command = [sys.executable, str(SCRIPT), "--config", "tiny.yaml", *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, **pipes)
+
+
+def ablate(folder, *args):
+    """Returns exit code and output."""
+    process = start(folder, *args)
+    out = process.communicate(timeout=300)[0]
+    return process.returncode, out
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """Returns a folder where a grid of three settings and two seeds ran, and what it printed."""
+    folder = write_base(tmp_path_factory.mktemp("grid"))
+    overlays = ("--overlays", NONE, "hungry.yaml")
+    code, out = ablate(folder, *overlays, "--seeds", 0, 1, "--jobs", 2, *QUICK)
+    return folder, code, out
+
+
+def result(folder, cell, version=0):
+    run = folder / "runs" / "ablation_tiny" / cell / f"version_{version}"
+    return json.loads((run / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_each_cell_is_a_run_with_its_overlay_and_seed(grid):
+    folder, _, _ = grid
+    for setting, context in (("base", "isa"), ("context_none", "none")):
+        for seed in (0, 1):
+            cell = folder / "runs" / "ablation_tiny" / setting / f"seed{seed}"
+            assert result(folder, f"{setting}/seed{seed}")["step"] == 4
+            config = yaml.safe_load((cell / "version_0" / "config.yaml").read_text())
+            assert config["model"]["network"]["context"] == context
+            assert config["seed_everything"] == seed
+            assert config["panels"]["num_images"] == 0  # behind --
+            assert f"Seed set to {seed}" in cell.with_suffix(".log").read_text()
+
+
+def test_a_failing_cell_stops_nothing_and_is_reported_with_its_log(grid):
+    _, code, out = grid
+    assert code == 1
+    for seed in (0, 1):
+        reason = out.split(f"hungry/seed{seed} has not finished: exit code 2")[1]
+        assert "8 images, fewer than one batch of 9" in reason
+    assert out.count("has not finished") == 2
+
+
+def test_the_table_has_mean_and_spread(grid):
+    folder, _, out = grid
+    means = {}
+    for setting in ("base", "context_none"):
+        a, b = (100 * result(folder, f"{setting}/seed{i}")["scores"]["miou"] for i in (0, 1))
+        means[setting] = (a + b) / 2
+        row = next(line for line in out.splitlines() if line.startswith(f"│ {setting} "))
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        spread = abs(a - b) / 2**0.5  # of a sample of two
+        assert cells[1:4] == ["2", f"{means[setting]:.2f}", f"{spread:.2f}"]
+        assert cells[5] == f"{a:.2f} {b:.2f}"
+    assert cells[4] == f"{means['context_none'] - means['base']:+.2f}"
+    assert "report.py runs/ablation_tiny" in out
+
+
+def test_a_second_start_runs_nothing_again(grid):
+    folder, _, _ = grid
+    code, out = ablate(folder, "--overlays", NONE, "--seeds", 0, 1, *QUICK)
+    assert code == 0
+    assert out.count("has finished") == 4
+    assert "starts" not in out
+    assert not list(folder.glob("runs/*/*/*/version_1"))
+
+
+def in_process(folder, monkeypatch, *args):
+    from ablate import main
+
+    monkeypatch.chdir(folder)
+    return main(["--config", "tiny.yaml", *map(str, args)])
+
+
+@pytest.mark.parametrize("option", ["trainer.max_steps", "data.init_args.num_eval"])
+def test_another_config_is_refused_and_not_taken_for_finished(grid, monkeypatch, option):
+    from isanet_pl.errors import InputError
+
+    folder, _, _ = grid
+    with pytest.raises(InputError, match=rf"\n  {option}: then 4, now 8") as error:
+        in_process(folder, monkeypatch, "--seeds", 0, *QUICK, f"--{option}", "8")
+    assert "base/seed0/version_0 was run with another config" in str(error.value)
+    assert "delete runs/ablation_tiny/base/seed0 to run it anew" in str(error.value)
+
+
+def test_an_option_newer_than_the_run_had_its_default(grid, monkeypatch, capsys):
+    from isanet_pl.errors import InputError
+
+    folder, _, _ = grid
+    path = folder / "runs" / "ablation_tiny" / "base" / "seed1" / "version_0" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    assert config["model"].pop("poly_power") == 0.9
+    path.write_text(yaml.safe_dump(config))
+    assert in_process(folder, monkeypatch, "--seeds", 1, "--dry-run", *QUICK) == 0
+    assert "has finished" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"poly_power: then 0\.9, now 1\.0"):
+        in_process(folder, monkeypatch, "--seeds", 1, *QUICK, "--model.poly_power", "1.0")
+
+
+def test_where_and_how_it_runs_does_not_make_another_config(grid, monkeypatch, capsys):
+    folder, _, _ = grid
+    options = ("--data.num_workers", "1", "--trainer.enable_progress_bar", "false")
+    assert in_process(folder, monkeypatch, "--seeds", 0, "--dry-run", *QUICK, *options) == 0
+    assert "has finished" in capsys.readouterr().out
+
+
+def test_a_test_of_a_run_is_not_taken_for_a_fit(grid, monkeypatch, capsys):
+    # `isanet-pl test --config RUN/config.yaml` puts its result beside the fit's.
+    folder, _, _ = grid
+    other = folder / "runs" / "ablation_tiny" / "base" / "seed0" / "version_7"
+    other.mkdir()
+    record = {**result(folder, "base/seed0"), "command": "isanet-pl test --config x"}
+    (other / "results.json").write_text(json.dumps(record))
+    assert in_process(folder, monkeypatch, "--seeds", 0, "--dry-run", *QUICK) == 0
+    assert "has finished" in capsys.readouterr().out
+    fit = folder / "runs" / "ablation_tiny" / "base" / "seed0" / "version_0"
+    fit.rename(fit.with_name("away"))
+    try:
+        in_process(folder, monkeypatch, "--seeds", 0, "--dry-run", *QUICK)
+        assert "has finished" not in capsys.readouterr().out
+    finally:
+        fit.with_name("away").rename(fit)
+
+
+def test_dry_run_prints_the_commands_and_runs_nothing(tmp_path, monkeypatch, capsys):
+    write_base(tmp_path)
+    both = f"{NONE}+{OVERLAYS / 'ohem.yaml'}"
+    options = ("--overlays", both, "--seeds", 5, "--no-base", "--output", "out/my grid")
+    assert in_process(tmp_path, monkeypatch, *options, "--dry-run", "--", "--data.seed", 3) == 0
+    lines = capsys.readouterr().out.splitlines()
+    files = ["tiny.yaml", str(NONE), str(OVERLAYS / "ohem.yaml")]
+    assert [shlex.split(line) for line in lines] == [
+        [
+            *("WANDB_RUN_GROUP=my grid", "WANDB_TAGS=context_none,ohem,seed5"),
+            *(sys.executable, "-m", "isanet_pl", "fit"),
+            *(part for file in files for part in ("--config", file)),
+            *("--data.seed", "3", "--seed_everything", "5"),
+            *("--runs_dir", "out/my grid", "--name", "context_none+ohem/seed5"),
+        ]
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--overlays", "nowhere.yaml"), "no such config: nowhere.yaml"),
+        (("--overlays", NONE, NONE), "two settings are named context_none"),
+        (("--no-base",), "nothing to run: give --overlays"),
+        (("--overlays", "typo.yaml"), "typo/seed0 has no valid config: .*init_arg"),
+    ],
+)
+def test_wrong_input_is_refused_before_the_first_run(tmp_path, monkeypatch, args, message):
+    from isanet_pl.errors import InputError
+
+    write_base(tmp_path)
+    (tmp_path / "typo.yaml").write_text("data: {init_arg: {batch_size: 1}}")
+    with pytest.raises(InputError, match=rf"(?s){message}"):
+        in_process(tmp_path, monkeypatch, *args)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--jobs", 0), "--jobs must be at least 1"),
+        (("--", "--name=x"), "--name is set for each run"),
+        (("--", "--seed_everything", 1), "--seed_everything is set for each run"),
+    ],
+)
+def test_wrong_options_are_refused(tmp_path, monkeypatch, capsys, args, message):
+    write_base(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        in_process(tmp_path, monkeypatch, *args)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def is_locked(path):
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_a_stopped_grid_goes_on_where_it_was(tmp_path, number):
+    write_base(tmp_path, max_steps=60, val_check_interval=4, log_every_n_steps=1)
+    cell = tmp_path / "runs" / "ablation_tiny" / "base" / "seed0"
+    log, run = cell.with_suffix(".log"), cell / "version_0"
+    last = run / "checkpoints" / "last.ckpt"
+    first = start(tmp_path, "--seeds", 0)
+    wait_for(last.is_file)
+    assert is_locked(log)
+    if number == signal.SIGINT:
+        first.send_signal(number)
+        assert "the same command goes on" in first.communicate(timeout=60)[0]
+        assert first.returncode == 130
+    else:
+        # The run is killed, and the grid goes on to its end.
+        [child] = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        os.kill(int(child), number)
+        assert "has not finished: exit code -9" in first.communicate(timeout=60)[0]
+        assert first.returncode == 1
+    assert not is_locked(log)  # nothing of it lives on
+    assert not (run / "results.json").exists()
+    stopped_at = torch.load(last, weights_only=True)["global_step"]
+    assert 0 < stopped_at < 60
+
+    code, out = ablate(tmp_path, "--seeds", 0)
+    assert code == 0, out
+    assert f"base/seed0: resumes from {last.relative_to(tmp_path)}" in out
+    assert [path.name for path in cell.iterdir()] == ["version_0"]
+    assert result(tmp_path, "base/seed0")["step"] == 60
+    second = log.read_text().rpartition("Restored all states")[2]
+    steps = [int(step) for step in re.findall(r"^step (\d+)/60 ", second, re.M)]
+    assert steps == list(range(10 * (stopped_at // 10 + 1), 61, 10))
+
+
+def test_a_cell_that_another_process_runs_is_left_alone(tmp_path, monkeypatch, capsys):
+    write_base(tmp_path)
+    log = tmp_path / "runs" / "ablation_tiny" / "base" / "seed0.log"
+    log.parent.mkdir(parents=True)
+    with log.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert in_process(tmp_path, monkeypatch, "--seeds", 0) == 1
+    assert "base/seed0 has not finished: another process runs it" in capsys.readouterr().out
+    assert [path.name for path in log.parent.iterdir()] == ["seed0.log"]
+
+
+def test_wandb_groups_the_grid_and_tags_the_cells(tmp_path):
+    write_base(tmp_path, max_steps=2)
+    options = ("--overlays", NONE, "--no-base", "--seeds", 4, "--output", "mine")
+    code, out = ablate(tmp_path, *options, *QUICK, "--wandb", "offline")
+    assert code == 0, out
+    [path] = tmp_path.glob("mine/context_none/seed4/**/*.wandb")
+    run = RunFile(path).run
+    assert run.run_group == "mine"
+    assert set(run.tags) == {"context_none", "seed4"}
+
+
+def test_several_runs_share_the_machine(monkeypatch):
+    from ablate import share_of_machine
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)))
+    assert share_of_machine(1, jobs=4) == {"OMP_NUM_THREADS": "2"}
+    assert share_of_machine(0, jobs=1) == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    devices = [share_of_machine(slot, jobs=3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    assert devices == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert share_of_machine(1, jobs=2) == {"CUDA_VISIBLE_DEVICES": "5"}
+
+
+def test_the_time_left_follows_from_the_steps_done(tmp_path):
+    from ablate import Grid
+    from cells import Attempt, Cell, Found
+
+    # One waits, one has done half, a resumed one went from 20 to 40 of 100 steps.
+    cells = [Cell("base", seed, tmp_path, ()) for seed in range(3)]
+    grid = Grid({cell: {} for cell in cells}, 2, print)
+    grid.waiting.clear()
+    grid.waiting.append(cells[2])
+    logs = "step 10/100  loss\nstep 50/100  loss\n", "step 20/100  loss\nstep 40/100  loss\n"
+    for cell, log, checkpoint in zip(cells, logs, (None, Path("last.ckpt")), strict=False):
+        cell.log.parent.mkdir(exist_ok=True)
+        cell.log.write_text("step 99/100  of an earlier start\n" + log)
+        attempt = SimpleNamespace(cell=cell, found=Found(checkpoint=checkpoint), first=None)
+        attempt.begin = len("step 99/100  of an earlier start\n")
+        attempt.progress = lambda attempt=attempt: Attempt.progress(attempt)
+        grid.running[cell.seed] = attempt
+    grid.start = time.monotonic() - 70
+    text, share = grid.status()
+    # 0.7 runs in 70 s; 1 + 0.5 + 0.6 are left: 210 s.
+    assert text == "0 of 3 ended; base/seed0 50%, base/seed1 40%; 3.5 min left"
+    assert share == pytest.approx(0.3)
+
+
+GRIDS = [command[2:] for command in COMMANDS if command[1] == "scripts/ablate.py"]
+
+
+@pytest.mark.parametrize("command", GRIDS)
+def test_grids_of_the_readme_are_what_they_say(command, monkeypatch, capsys):
+    from ablate import main
+
+    monkeypatch.chdir(ROOT)
+    assert main(["--dry-run", *command]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    settings = [re.search(r"--name (\S+)/seed\d", line)[1] for line in lines]
+    assert settings == 3 * ["base", "context_none", "context_dense", "order_long", "order_short"]
+
+
+def test_the_readme_has_a_grid():
+    assert GRIDS
