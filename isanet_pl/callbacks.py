@@ -1,8 +1,11 @@
-"""What a run shows and leaves behind: progress, table, pictures."""
+"""What a run says of itself: progress, the table at the end, `results.json`."""
 
 import json
 import math
 import platform
+import resource
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -14,9 +17,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from isanet_pl.pictures import draw_panels
+from isanet_pl.errors import InputError
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
@@ -28,26 +30,67 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
     return next((Path(folder) for folder in folders if folder), None)
 
 
+def code_version() -> str | None:
+    """Returns the git commit of this code, with "-dirty" if files have changed since.
+
+    None where the code is not in a git repository.
+    """
+    here = Path(__file__)
+    # An installed copy may lie inside some other project's repository, which does not track it.
+    commands = (
+        ("ls-files", "--error-unmatch", here.name),
+        ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
+    )
+    answer = ""
+    for command in commands:
+        try:
+            answer = subprocess.check_output(
+                ("git", *command), cwd=here.parent, stderr=subprocess.DEVNULL, text=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    return answer.strip()
+
+
+def peak_memory() -> dict[str, float]:
+    """Returns the most GiB that this process has held so far: on its GPU, or else at all."""
+    if torch.cuda.is_available():
+        return {"memory/gpu_peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    return {"memory/peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # of KiB
+
+
 class Progress(pl.Callback):
-    """Logs learning rates and images/s to the progress bar and the logger.
+    """Logs learning rates, images/s and memory to the progress bar and the logger.
 
     Where there is no terminal to draw a bar on, it prints a line now and then instead.
 
     Args:
         every_n_steps: Optimiser steps between two measurements and lines.
+
+    Raises:
+        InputError: `every_n_steps` is below 1.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
+        if every_n_steps < 1:
+            raise InputError(f"progress.every_n_steps must be 1 or more: {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.images = 0
-        self.since = 0.0
+        self.since: float | None = None
         self.first_step = 0
         self.start = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock."""
-        self.start = self.since = time.monotonic()
+        """Notes where the run starts."""
+        self.start = time.monotonic()
         self.first_step = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Starts the clock, first and after each validation with all that it draws and saves."""
+        if self.since is None:
+            self.since = time.monotonic()
 
     def on_train_batch_end(
         self,
@@ -62,6 +105,7 @@ class Progress(pl.Callback):
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not stepped or trainer.global_step % self.every_n_steps:
             return
+        assert self.since is not None
         speed = self.images / (time.monotonic() - self.since)
         rates = {
             f"lr/{group.get('name', i)}": float(group["lr"])
@@ -69,6 +113,7 @@ class Progress(pl.Callback):
         }
         pl_module.log_dict(rates, prog_bar=True)
         pl_module.log("images_per_s", speed, prog_bar=True)
+        pl_module.log_dict(peak_memory())
         self._print(trainer, rates, speed)
         self.images, self.since = 0, time.monotonic()
 
@@ -86,13 +131,9 @@ class Progress(pl.Callback):
             flush=True,
         )
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stops counting: validation is not training."""
-        self.images = 0
-
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the score of this validation; restarts the clock."""
-        self.since, self.images = time.monotonic(), 0
+        """Prints the score of this validation; stops the clock."""
+        self.since, self.images = None, 0
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._print_score(trainer)
 
@@ -107,6 +148,12 @@ class ResultTable(pl.Callback):
 
     def __init__(self) -> None:
         self.start = time.monotonic()
+        self.code: str | None = None
+
+    @rank_zero_only
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Notes the code that runs; it may be changed before the run ends."""
+        self.code = code_version()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports the last validation."""
@@ -143,12 +190,13 @@ class ResultTable(pl.Callback):
         if trainer.fast_dev_run or folder is None:  # type: ignore[attr-defined]
             return
         record = {
-            "command": " ".join(["isanet-pl", *sys.argv[1:]]),
+            "command": shlex.join(["isanet-pl", *sys.argv[1:]]),
             "stage": stage,
             "step": pl_module.trained_steps,
             "seconds": round(time.monotonic() - self.start),
             "machine": _machine(),
             "torch": torch.__version__,
+            "git": self.code,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
             "scores": {k: None if math.isnan(v) else round(v, 6) for k, v in scores.items()},
         }
@@ -184,70 +232,3 @@ def _table(stage: str, scores: Mapping[str, float]) -> Table:
     for name, label in (("miou", "mIoU"), ("macc", "mAcc"), ("aacc", "aAcc")):
         table.add_row(label, f"{100 * scores[name]:.2f}")
     return table
-
-
-class PredictionPanels(pl.Callback):
-    """Saves pictures of image, truth and prediction at every validation and test, as PNG.
-
-    They go to `panels/` in the run folder.
-
-    Args:
-        num_images: Images in a picture, spread evenly over the split; 0 switches it off.
-    """
-
-    def __init__(self, num_images: int = 4) -> None:
-        self.num_images = num_images
-        self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def _collect(
-        self, batch: Mapping[str, Any], prediction: Tensor, index: int, total: int
-    ) -> None:
-        count = min(self.num_images, total)
-        chosen = {(2 * i + 1) * total // (2 * count) for i in range(count)} if count else set()
-        if index in chosen:
-            parts = (batch["image"][0], batch["mask"][0], prediction[0])
-            self.rows.append(tuple(part.cpu() for part in parts))  # type: ignore[arg-type]
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keeps the batch if it is one of the chosen."""
-        if trainer.is_global_zero and not trainer.sanity_checking:
-            self._collect(batch, outputs, batch_idx, int(trainer.num_val_batches[0]))
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keeps the batch if it is one of the chosen."""
-        if trainer.is_global_zero:
-            self._collect(batch, outputs, batch_idx, int(trainer.num_test_batches[0]))
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves the picture."""
-        self._save(trainer, pl_module, "val")
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves the picture."""
-        self._save(trainer, pl_module, "test")
-
-    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        rows, self.rows = self.rows, []
-        run = run_folder(trainer)
-        if not rows or trainer.fast_dev_run or run is None:  # type: ignore[attr-defined]
-            return
-        folder = run / "panels"
-        folder.mkdir(parents=True, exist_ok=True)
-        figure = draw_panels(rows, pl_module.class_names, pl_module.palette)  # type: ignore[arg-type]
-        figure.savefig(folder / f"{stage}_step={pl_module.trained_steps:06d}.png")

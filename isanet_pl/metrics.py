@@ -19,6 +19,10 @@ class SegmentationMetrics(MulticlassJaccardIndex):
         class_names: One name for each class; "0", "1", ... if None.
         ignore_index: Label that is left out.
 
+    Attributes:
+        confusion: (K, K) numbers of pixels behind the last `compute`, over all processes; rows are
+            the label, columns the prediction. It outlives `reset`.
+
     Raises:
         ValueError: There are not as many names as classes, or a name occurs twice.
     """
@@ -35,6 +39,7 @@ class SegmentationMetrics(MulticlassJaccardIndex):
             raise ValueError(f"{num_classes} classes need as many different names, got {names}")
         self.class_names = names
         self.ignored = ignore_index
+        self.confusion = self.confmat.clone()
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Adds a batch.
@@ -67,7 +72,8 @@ class SegmentationMetrics(MulticlassJaccardIndex):
         A class that is in neither label nor prediction has IoU NaN. `macc` is the mean recall of
         the classes that occur in the labels. Everything is NaN when all pixels were ignored.
         """
-        confusion = self.confmat.double()  # rows: label, columns: prediction
+        self.confusion = self.confmat.clone()
+        confusion = self.confusion.double()
         hits = confusion.diag()
         labels, predictions = confusion.sum(dim=1), confusion.sum(dim=0)
         iou = hits / (labels + predictions - hits)  # 0 / 0 is NaN: absent

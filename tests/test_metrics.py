@@ -48,6 +48,15 @@ def test_by_hand():
     assert_scores(metrics.compute(), expected, ["sky", "road", "car", "tree"])
 
 
+def test_confusion_matrix_of_the_last_compute_outlives_reset():
+    metrics = SegmentationMetrics(3)
+    metrics.update(as_map(0, 0, 1, 2), as_map(0, 1, 1, 255))
+    metrics.compute()
+    metrics.update(as_map(2), as_map(2))  # not computed
+    metrics.reset()
+    assert metrics.confusion.tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
+
+
 def test_predicted_but_never_labelled_counts_as_zero():
     metrics = SegmentationMetrics(3)
     metrics.update(as_map(0, 0, 2, 2), as_map(0, 0, 0, 0))
