@@ -27,6 +27,19 @@ def check_file(path: str, command: str) -> None:
             raise InputError(f"{command} needs a checkpoint; {path} is an exported network")
     elif not zipfile.is_zipfile(path):
         raise InputError(f"{path} is not a checkpoint, or is truncated")
+    else:
+        _check_sums(path)
+
+
+def _check_sums(path: str) -> None:
+    """Returns nothing if every part of a checkpoint has its checksum, which torch.load ignores."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError) as error:
+        broken = str(error)
+    if broken is not None:
+        raise InputError(f"{path} is damaged ({broken}): copy it anew, or give another checkpoint")
 
 
 def is_onnx(path: str) -> bool:

@@ -1,26 +1,40 @@
 """The command line: `isanet-pl {fit,validate,test,predict,export}`, a LightningCLI."""
 
+import errno
 import json
 import logging
 import sys
+import traceback
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from isanet_pl.callbacks import PredictionPanels, Progress, ResultTable
+from isanet_pl.averaging import ExponentialAverage
+from isanet_pl.callbacks import Progress, ResultTable
+from isanet_pl.checkpoint_io import AtomicCheckpointIO
 from isanet_pl.checkpoints import check_file, config_of, is_onnx
+from isanet_pl.dashboards import ClassScores, PredictionPanels
 from isanet_pl.data import SegmentationDataModule
 from isanet_pl.errors import InputError
 from isanet_pl.export import OnnxNetwork, SegmentationTrainer
+from isanet_pl.memory import advice, is_out_of_memory
 from isanet_pl.module import SegmentationModule
 from isanet_pl.predictions import PredictionWriter
+from isanet_pl.resume import LastCheckpoint, continue_metrics, find_run
+from isanet_pl.wandb_run import Mode, RunConfig, WandbRun, resolve_mode, wandb_logger
 
+log = logging.getLogger(__name__)
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when a disk, a user's share of it, or a file is full."""
 TRAINED = ("validate", "test", "predict", "export")
 """Commands that need trained weights."""
 
@@ -54,8 +68,17 @@ def _find_input_error(error: BaseException | None) -> InputError | None:
     return error
 
 
+def _is_lightnings(error: BaseException) -> bool:
+    """Returns whether Lightning itself raised an error: it refuses one of its own options."""
+    (*_, (frame, _)) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).startswith("lightning.")
+
+
 class SegmentationCLI(LightningCLI):
     """Builds data, network and trainer from a config and runs one of the commands."""
+
+    resumed: Path | None = None
+    """The folder of the run that goes on, if there is one."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options of a run, and what flows from the data to the network."""
@@ -67,9 +90,24 @@ class SegmentationCLI(LightningCLI):
         parser.add_argument("--runs_dir", type=str, default="runs", help="Where runs are written.")
         parser.add_argument(
             "--wandb",
-            type=Literal["off", "offline", "online"],
+            type=Mode,
             default="off",
-            help="Log to Weights & Biases as well; offline needs no account.",
+            help="Log to Weights & Biases as well: offline needs no account (`wandb sync` uploads "
+            "later), online needs an API key, auto is online where there is a key and else "
+            "offline.",
+        )
+        parser.add_argument(
+            "--resume",
+            type=bool,
+            default=False,
+            help="Continue the last run of this name where it was stopped, in its folder; without "
+            "one, start a run. For fit.",
+        )
+        parser.add_argument(
+            "--ema_decay",
+            type=float | None,
+            help="Average the weights over the steps, keeping this share of the average at each, "
+            "such as 0.999; validation and checkpoints then use the average. For fit.",
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
@@ -79,10 +117,14 @@ class SegmentationCLI(LightningCLI):
                 "checkpoint.filename": "best",
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.enable_version_counter": False,
+                # Before last.ckpt is written, which remembers the best score.
+                "checkpoint.save_on_train_epoch_end": False,
             }
         )
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(Progress, "progress")
         parser.add_lightning_class_args(PredictionPanels, "panels")
+        parser.add_lightning_class_args(WandbRun, "wandb_run")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_argument(
             "--output",
@@ -148,6 +190,9 @@ class SegmentationCLI(LightningCLI):
         if self.subcommand is None:
             return super().instantiate_classes()
         config = self.config[self.subcommand]
+        given = config.ckpt_path
+        if config.resume:
+            self._continue_run(config)
         checkpoint = config.ckpt_path
         if checkpoint is None:
             if self.subcommand != "fit":
@@ -165,44 +210,98 @@ class SegmentationCLI(LightningCLI):
             raise _find_input_error(error) or InputError(str(error)) from error
         # The run's config.yaml, written later, keeps what the user asked for.
         network.weights_path, network.pretrained = wanted
+        config.ckpt_path = given
+
+    def _continue_run(self, config: Any) -> None:
+        """Makes the last run of the config's name, if there is one, the one to continue.
+
+        Raises:
+            InputError: Something else is asked for as well, or the run's checkpoints are damaged.
+        """
+        if self.subcommand != "fit":
+            raise InputError(f"--resume is for fit, not for {self.subcommand}")
+        if config.ckpt_path is not None:
+            raise InputError(
+                "--resume continues a run in its folder, --ckpt_path starts a new one from a "
+                f"checkpoint: give one of them, not both (--ckpt_path {config.ckpt_path})"
+            )
+        found = find_run(config.runs_dir, self._run_name(config))
+        if found is None:
+            log.info("there is no run to resume: starting one")
+            return
+        self.resumed, checkpoint = found
+        config.ckpt_path = str(checkpoint)
+        log.info("resuming from %s", checkpoint)
+
+    @staticmethod
+    def _run_name(config: Any) -> str:
+        """Returns the name of the run, and puts it into the config."""
+        if config.name is None:
+            files = [str(file) for file in config.config or [] if file is not None]
+            config.name = Path([*files, config.ckpt_path or "unnamed"][0]).stem
+        return str(config.name)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Returns the trainer, logging to a new run folder unless the config has a logger."""
         config = self.config.get(str(self.subcommand), self.config)
+        for name in ("accumulate_grad_batches", "val_check_interval"):
+            if config.trainer[name] == 0:
+                raise InputError(f"trainer.{name} must be above 0")
+        if config.trainer.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
+            raise InputError(
+                f"--trainer.accelerator {config.trainer.accelerator}: PyTorch {torch.__version__} "
+                "finds no GPU here; take cpu or auto, or install a build of PyTorch for the GPU"
+            )
         if config.trainer.fast_dev_run or self.subcommand == "export":
             kwargs["logger"] = False
         elif config.trainer.logger in (None, True) and self.subcommand is not None:
             kwargs["logger"] = self._loggers(config)
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if config.ema_decay is not None and self.subcommand == "fit":
+            # First: others then find the average of this step, not of the one before.
+            trainer.callbacks.insert(0, ExponentialAverage(config.ema_decay))  # type: ignore[attr-defined]
+        return trainer
 
     def _loggers(self, config: Any) -> list[Logger]:
-        name = config.name
-        if name is None:
-            files = [str(file) for file in config.config or [] if file is not None]
-            name = Path([*files, config.ckpt_path or "unnamed"][0]).stem
-            config.name = name
+        name = self._run_name(config)
+        wandb = resolve_mode(config.wandb)
         # Only the first process writes, so only it may claim a folder.
         first = getattr(rank_zero_only, "rank", 0) == 0
-        version = new_run_folder(config.runs_dir, name).name if first else "version_0"
-        loggers: list[Logger] = [CSVLogger(config.runs_dir, name, version)]
-        if config.wandb != "off":
-            # Imported only here: nothing of W&B is needed or loaded without it.
-            from lightning.pytorch.loggers import WandbLogger
-
-            loggers.append(
-                WandbLogger(
-                    project="isanet-pl",
-                    name=f"{name}-{version}",
-                    save_dir=str(loggers[0].log_dir),
-                    mode=config.wandb,
-                )
-            )
+        if self.resumed is not None:
+            version = self.resumed.name
+        else:
+            version = new_run_folder(config.runs_dir, name).name if first else "version_0"
+        # Written at once, so that a killed run leaves all of its metrics.
+        csv = CSVLogger(config.runs_dir, name, version, flush_logs_every_n_steps=1)
+        if self.resumed is not None and first:
+            continue_metrics(csv, config.ckpt_path)
+        loggers: list[Logger] = [csv]
+        if wandb is not None:
+            continued = config.ckpt_path if self.subcommand == "fit" else None
+            title, folder = f"{name}-{version}", Path(csv.log_dir)
+            loggers.append(wandb_logger(wandb, title, folder, str(self.subcommand), continued))
         return loggers
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Returns the commands, and which of their arguments are no options."""
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs the command.
+
+        Raises:
+            InputError: Something the user gave is wrong, or the memory does not suffice.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"out of memory: {advice(subcommand, self.config[subcommand])}"
+            ) from error
 
     def before_validate(self) -> None:
         """Leaves the table at the end to `ResultTable`; Lightning would print its own as well."""
@@ -242,22 +341,36 @@ def main(args: ArgsType = None, run: bool = True) -> SegmentationCLI:
         SystemExit: The arguments do not parse.
     """
     _configure_messages()
+    try:
+        return _build_and_run(args, run)
+    except (MisconfigurationException, ValueError) as error:
+        if isinstance(error, InputError) or not _is_lightnings(error):
+            raise
+        raise InputError(str(error).strip()) from error
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        # From wherever the run writes: metrics, pictures, predictions. Checkpoints say it better.
+        raise _find_input_error(error) or InputError(
+            f"cannot write: {error.strerror}. What was written before is kept; make room, then run "
+            "the same command again, for fit with --resume true"
+        ) from error
+
+
+def _build_and_run(args: ArgsType, run: bool) -> SegmentationCLI:
     return SegmentationCLI(
         SegmentationModule,
         SegmentationDataModule,
         args=args,
+        save_config_callback=RunConfig,
+        save_config_kwargs={"overwrite": True},  # by a run that is resumed
         trainer_class=SegmentationTrainer,
         run=run,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
         trainer_defaults={
-            # Not ModelCheckpoint's save_last: in Lightning 2.6 that writes only together with a
-            # new best, so that a run would resume from its best step and not from its last.
-            "callbacks": [
-                ResultTable(),
-                ModelCheckpoint(filename="last", enable_version_counter=False),
-            ],
+            "callbacks": [ResultTable(), ClassScores()],
             "log_every_n_steps": 10,
             "max_epochs": -1,
         },
@@ -284,5 +397,11 @@ def _configure_messages() -> None:
         "Total length of `DataLoader` across ranks is zero",
         # A run in a new folder continues from a checkpoint in another: intended.
         "The dirpath has changed from",
+        # Only `fit` keeps an average up, and refuses to drop it.
+        r"Be aware that when using `ckpt_path`.*\['ExponentialAverage'\]",
+        # A run that is resumed: its loader goes on where it was, and its files stay.
+        "You're resuming from a checkpoint that ended before the epoch ended",
+        "Experiment logs directory .* exists and is not empty",
+        "Checkpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message=message)

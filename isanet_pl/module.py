@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from isanet_pl.errors import InputError
+from isanet_pl.finite import all_finite, first_not_finite
 from isanet_pl.inference import Inference
 from isanet_pl.losses import SegmentationLoss
 from isanet_pl.metrics import SegmentationMetrics
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 
 # What a checkpoint and a config may disagree about: it leaves the trained function as it is.
 TRAINING_ONLY = frozenset({"pretrained", "weights_path", "dropout"})
+
+# What the convs of a network compute in, by the trainer's precision.
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def poly_schedule(
@@ -119,6 +123,7 @@ class SegmentationModule(pl.LightningModule):
         self.predict_probabilities = False
         object.__setattr__(self, "deployed", None)
         self.loaded_step = 0
+        self.seen: list[str] = []  # the images behind the gradients of now
         self.metrics = nn.ModuleDict(
             {
                 stage: SegmentationMetrics(num_classes, self.class_names, loss.ignore_index)
@@ -161,8 +166,9 @@ class SegmentationModule(pl.LightningModule):
     def on_test_start(self) -> None:
         """Folds the network for what follows; its weights do not change any more."""
         if isinstance(self.network, ISANet):
+            dtype = AUTOCAST.get(self.trainer.precision)
             # Not a part of this module: its parameters are copies.
-            object.__setattr__(self, "deployed", fuse_for_inference(self.network))
+            object.__setattr__(self, "deployed", fuse_for_inference(self.network, dtype))
 
     def on_predict_start(self) -> None:
         """Folds the network; see `on_test_start`."""
@@ -179,28 +185,37 @@ class SegmentationModule(pl.LightningModule):
         Raises:
             InputError: The loss is not finite.
         """
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.seen.clear()
+        self.seen += batch["name"]
         loss, _ = self._step(batch, "train")
         if not loss.isfinite():
-            self._stop(f"the loss is {loss.item()} on {', '.join(batch['name'])}")
+            self._stop(f"the loss is {loss.item()}")
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stops before a gradient that is not finite reaches the weights.
+        """Logs the norm of the gradient, before clipping; stops if something is not finite.
 
         Raises:
-            InputError: A gradient is NaN or infinite.
+            InputError: A gradient or a statistic of BatchNorm is NaN or infinite.
         """
-        if self.trainer.precision == "16-mixed":
-            return  # its gradient scaler expects overflows and skips the step
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if not torch.nn.utils.get_total_norm(gradients).isfinite():
-            self._stop("a gradient is not finite")
+        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+        self.log("train/grad_norm", norm)
+        # The gradient scaler of 16-mixed expects overflows and skips the step.
+        if self.trainer.precision != "16-mixed" and not norm.isfinite():
+            self._stop(f"a gradient is not finite ({first_not_finite(gradients)})")
+        # A variance may overflow under a loss that does not, and would never recover.
+        statistics = dict(self.named_buffers())
+        if not all_finite(statistics.values()):
+            self._stop(f"a statistic is not finite ({first_not_finite(statistics)})")
 
     def _stop(self, reason: str) -> None:
+        seen = f" on {', '.join(self.seen)}" if self.seen else ""
         raise InputError(
-            f"training stopped at step {self.global_step}: {reason}. The weights are those of the "
-            "step before, and the checkpoints of earlier validations are kept. Try a lower "
-            "learning rate, --trainer.gradient_clip_val 5, a warm-up, or precision bf16-mixed"
+            f"training stopped at step {self.global_step}: {reason}{seen}. "
+            "Nothing of it is saved, and earlier checkpoints are kept. Try a lower learning rate, "
+            "--trainer.gradient_clip_val 5, a warm-up, or precision bf16-mixed"
         )
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
@@ -248,6 +263,8 @@ class SegmentationModule(pl.LightningModule):
         assert isinstance(metrics, SegmentationMetrics)
         # `compute` has already summed the confusion matrix over all processes.
         self.log_dict({f"{stage}/{name}": score for name, score in metrics.compute().items()})
+        # Loggers take this for the step: without it, they would see that of the batch before.
+        self.log("step", float(self.trained_steps))
         metrics.reset()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -264,9 +281,12 @@ class SegmentationModule(pl.LightningModule):
         """Returns the optimiser and the schedule, which steps with it.
 
         Raises:
-            InputError: The number of steps is not known.
+            InputError: The optimiser refuses an argument, or the number of steps is not known.
         """
-        optimizer = self.optimizer(self.parameter_groups())
+        try:
+            optimizer = self.optimizer(self.parameter_groups())
+        except ValueError as error:
+            raise InputError(f"model.optimizer: {error}") from error
         for group in optimizer.param_groups:
             if group["name"] == "new":
                 group["lr"] *= self.new_layers_lr_factor
@@ -325,7 +345,15 @@ class SegmentationModule(pl.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Makes the checkpoint complete by itself: it needs no weights file to be rebuilt."""
+        """Makes the checkpoint complete by itself: it needs no weights file to be rebuilt.
+
+        Raises:
+            InputError: A weight or a statistic of BatchNorm is NaN or infinite.
+        """
+        for key in ("state_dict", "current_model_state"):  # the second beside an average
+            wrong = first_not_finite(checkpoint.get(key, {}))
+            if wrong:
+                self._stop(f"a weight is not finite ({wrong}) after a step")
         saved = dict(checkpoint.get("hyper_parameters", {}))
         # From Python these two are objects, not the command line's description of them.
         for name in ("loss", "optimizer"):
@@ -355,6 +383,9 @@ class SegmentationModule(pl.LightningModule):
             if network.get(key) is not None  # left to its default, which follows from the others
             and key not in TRAINING_ONLY
             and json.dumps(network[key]) != json.dumps(value)
+        ] + [
+            f"model.network.{key}: checkpoint {network[key]}, but this version has no such option"
+            for key in network.keys() - self.network.arguments.keys()
         ]
         if differences:
             raise InputError(
@@ -371,5 +402,8 @@ class SegmentationModule(pl.LightningModule):
                 f"the checkpoint is damaged, or of another version: {len(wrong)} of its "
                 f"{len(own)} tensors are missing, left over or of another shape, such as {wrong[0]}"
             )
+        broken = first_not_finite(given)
+        if broken:
+            raise InputError(f"the checkpoint is of no use: {broken} is not finite; give another")
         self.network.backbone.loaded = frozenset(checkpoint.get("pretrained_names", ()))
         self.loaded_step = int(checkpoint.get("global_step", 0))

@@ -218,14 +218,16 @@ def test_cache_that_cannot_be_written_is_refused_before_training(folder, tmp_pat
         make_data(folder, "fit", cache=str(tmp_path / "file" / "cache"))
 
 
-def test_train_split_is_shuffled_and_short_batches_are_dropped(folder, tmp_path):
+def test_train_split_is_shuffled_in_full_batches_that_leave_no_image_out(folder, tmp_path):
     data = make_data(make_folder(tmp_path / "five", count=5), "fit")
     loader = data.train_dataloader()
     assert len(loader) == 2
-    epochs = [[name for batch in loader for name in batch["name"]] for _ in range(6)]
-    assert all(len(set(epoch)) == 4 for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert len({name for epoch in epochs for name in epoch}) == 5  # nobody is always left out
+    batches = [batch["name"] for _ in range(5) for batch in loader]
+    assert [len(names) for names in batches] == [2] * 10
+    names = [name for batch in batches for name in batch]
+    passes = [tuple(names[i : i + 5]) for i in range(0, 20, 5)]
+    assert all(len(set(seen)) == 5 for seen in passes)
+    assert len(set(passes)) > 1
 
 
 def test_train_samples_are_augmented_and_eval_samples_are_not(folder):

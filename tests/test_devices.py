@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import make_folder
 from PIL import Image
@@ -38,8 +39,14 @@ trainer: {{max_steps: 2, val_check_interval: 1, check_val_every_n_epoch: null}}
     return path
 
 
+def labelled_pixels(path):
+    with Image.open(path) as mask:
+        return np.count_nonzero(np.array(mask) != 255)
+
+
 def test_fit_ends_with_its_table_and_files(config, tmp_path):
-    done = run("fit", "--config", config, cwd=tmp_path)
+    # With W&B, of which only the first process may know.
+    done = run("fit", "--config", config, "--wandb", "offline", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "mIoU" in done.stdout
     assert "a step sees 4 images (2 devices x batch_size 2" in done.stderr
@@ -47,6 +54,12 @@ def test_fit_ends_with_its_table_and_files(config, tmp_path):
     assert json.loads((folder / "results.json").read_text())["step"] == 2
     assert (folder / "checkpoints" / "last.ckpt").is_file()
     assert len(list((folder / "panels").iterdir())) == 2
+    # One confusion matrix of both processes: 5 images, and the one that evens out their shares.
+    counts = np.loadtxt(folder / "confusion_val.csv", delimiter=",", skiprows=1)
+    assert counts.sum() == 6 * labelled_pixels(tmp_path / "data" / "val" / "masks" / "scene0.png")
+    with Image.open(folder / "confusion_val.png"), Image.open(folder / "iou_val.png"):
+        pass
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 1
     assert [path.name for path in folder.parent.iterdir()] == ["version_0"]
 
 

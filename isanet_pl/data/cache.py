@@ -60,7 +60,7 @@ class DecodedCache:
             pairs: Of all splits that the run reads.
 
         Raises:
-            InputError: They do not fit, nothing can be written, or an image cannot be read.
+            InputError: They do not fit, or nothing can be written.
         """
         sample = pairs[:: -(-len(pairs) // SAMPLES) or 1]
         try:
@@ -72,7 +72,10 @@ class DecodedCache:
                 free = shutil.disk_usage(self.folder).free
         except OSError as error:
             raise _write_error(self.folder, error) from error
-        sampled = sum(_entry_size(*displayed_size(image)) for image in missing)
+        sampled = 0
+        for image in missing:
+            with contextlib.suppress(InputError):  # it will never be cached; its reader names it
+                sampled += _entry_size(*displayed_size(image))
         needed = int(MARGIN * sampled * len(pairs) / len(sample))
         if needed + RESERVE > free:
             raise InputError(

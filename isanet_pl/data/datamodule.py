@@ -1,5 +1,6 @@
 """The base of every data set: pairs to samples to loaders."""
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Sequence, Sized
@@ -10,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from isanet_pl.data.broken import BrokenFiles
 from isanet_pl.data.cache import DecodedCache
 from isanet_pl.data.colours import distort
 from isanet_pl.data.dataset import (
@@ -22,6 +24,13 @@ from isanet_pl.data.dataset import (
     collate,
 )
 from isanet_pl.data.files import MAX_PIXELS, Codes, Pair, read_mask
+from isanet_pl.data.sampler import (
+    DrawLoader,
+    DrawnSamples,
+    DrawSampler,
+    Position,
+    outlive_termination,
+)
 from isanet_pl.data.transforms import TrainTransform
 from isanet_pl.errors import InputError
 
@@ -57,6 +66,9 @@ class SegmentationDataModule(pl.LightningDataModule):
         cache: Folder for decoded images and masks (4 bytes a pixel): each file is decoded once, and
             crops then read their own rows only. Runs may share it. Best on a local SSD, or where
             all of it fits into memory. null: decode every time.
+        on_error: What a training image or mask that cannot be read does: `raise` ends the run,
+            `skip` names it and takes another in its place, until more than 1 % of a pass were
+            replaced. In evaluation it always ends the run, or the score would be of other images.
     """
 
     class_names: Sequence[str]
@@ -92,10 +104,13 @@ class SegmentationDataModule(pl.LightningDataModule):
         predict_output: str | None = None,
         max_pixels: int = MAX_PIXELS,
         cache: str | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
             raise InputError(f"batch sizes must be at least 1: {batch_size}, {eval_batch_size}")
+        if num_workers is not None and num_workers < 0:
+            raise InputError(f"data.num_workers must be 0 or more: {num_workers}")
         self.root = root
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -111,7 +126,10 @@ class SegmentationDataModule(pl.LightningDataModule):
         )
         self.photometric = photometric
         self.cache = cache
+        self.skip_broken = on_error == "skip"
+        self._broken: BrokenFiles | None = None  # of a fit that skips them
         self._datasets: dict[str, Dataset[Sample]] = {}
+        self._position: Position | None = None  # of a fit, in the stream of training samples
 
     @property
     def num_classes(self) -> int:
@@ -138,7 +156,8 @@ class SegmentationDataModule(pl.LightningDataModule):
             self.read_codes,
             photometric=train and self.photometric,
         )
-        check_pairs(dataset)
+        if not (train and self.skip_broken):
+            check_pairs(dataset)
         if self.cache is not None:
             # Masks are kept as classes, so what maps them belongs to the key.
             reader = f"{self.read_codes.__module__}.{self.read_codes.__qualname__}"
@@ -174,11 +193,15 @@ class SegmentationDataModule(pl.LightningDataModule):
         if stage == "fit":
             train = self._datasets["train"]
             assert isinstance(train, Sized)
-            if len(train) < self.batch_size:
+            num_ranks = self._ranks[1]
+            if len(train) < self.batch_size * num_ranks:
+                batch = f"{self.batch_size}" + (f" on {num_ranks} devices" if num_ranks > 1 else "")
                 raise InputError(
-                    f"the train split has {len(train)} images, fewer than one batch of "
-                    f"{self.batch_size}: set --data.batch_size {len(train)} or less"
+                    f"the train split has {len(train)} images, fewer than one batch of {batch}: "
+                    f"set --data.batch_size {len(train) // num_ranks} or less"
                 )
+            # A checkpoint, which is read later, may set another.
+            self._position = Position(torch.initial_seed())
         if stage == "predict":
             if self.predict_dir is None:
                 raise InputError("predict needs a folder of images: --data.predict_dir DIR")
@@ -217,27 +240,63 @@ class SegmentationDataModule(pl.LightningDataModule):
         if cached and cached[0].cache is not None:
             cached[0].cache.check_space([pair for d in cached for pair in d.pairs])
 
-    def _loader(self, name: str, batch_size: int, train: bool = False) -> DataLoader[Sample]:
-        return DataLoader(
-            self._datasets[name],
-            batch_size=batch_size,
-            shuffle=train,
-            drop_last=train,  # BatchNorm wants full batches
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """Returns the number of this process and of all processes of a run."""
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+    def _add_up(self, number: int) -> int:
+        """Returns the sum of a number over all processes."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return number
+        strategy = self.trainer.strategy
+        total = torch.tensor(number, device=strategy.root_device)
+        return int(strategy.reduce(total, reduce_op="sum"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps: where training stands in the stream of samples."""
+        return {} if self._position is None else dataclasses.asdict(self._position)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the stream up where the checkpoint left it."""
+        self._position = Position(**state_dict)
+
+    def _loading(self) -> dict[str, Any]:
+        """Returns what all loaders have in common."""
+        return {
+            "collate_fn": collate,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": outlive_termination,
+            "pin_memory": torch.cuda.is_available(),
+            # Or each new loader would take a random number from dropout.
+            "generator": torch.Generator(),
+        }
+
+    def _loader(self, name: str, batch_size: int) -> DataLoader[Sample]:
+        return DataLoader(self._datasets[name], batch_size=batch_size, **self._loading())
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Returns the batch with the colours of training images distorted, on its device."""
+        """Returns the batch with the colours of training images distorted, on its device.
+
+        Raises:
+            InputError: Too many training images cannot be read.
+        """
+        if self._broken is not None and "replaced" in batch:
+            self._broken.take(batch.pop("replaced"))
         for image, jitter in zip(batch.get("image", ()), batch.pop("jitter", ()), strict=False):
             image.copy_(distort(image, jitter))
         return batch
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Returns shuffled, augmented batches."""
-        return self._loader("train", self.batch_size, train=True)
+        """Returns shuffled, augmented batches, all of them full, as BatchNorm wants them."""
+        assert self._position is not None, "setup('fit') comes first"
+        samples = DrawnSamples(self._datasets["train"], self._position.seed, self.skip_broken)
+        sampler = DrawSampler(samples, self.batch_size, self._position, *self._ranks)
+        if self.skip_broken:
+            self._broken = BrokenFiles(len(samples), sampler.images_per_step, self._add_up)
+        return DrawLoader(samples, batch_size=self.batch_size, sampler=sampler, **self._loading())
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """Returns the validation images at their own size."""

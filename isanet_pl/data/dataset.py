@@ -40,6 +40,7 @@ class Sample(TypedDict, total=False):
     name: str  # the file, for messages and for naming results
     error: str  # why there is no image; prediction samples only
     jitter: Jitter  # how the device is to change the colours; training samples only
+    replaced: list[str]  # why those could not be read that this one stands in for; as `jitter`
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:

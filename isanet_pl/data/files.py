@@ -35,13 +35,20 @@ Codes = npt.NDArray[np.int64] | npt.NDArray[np.uint8]
 def list_files(folder: Path, suffixes: frozenset[str], recursive: bool = False) -> list[Path]:
     """Returns the files of a folder that have one of the suffixes, sorted by path.
 
+    A link that leads nowhere is among them: reading it names it, and leaving it out would not.
+
     Raises:
-        InputError: The folder does not exist, or no file in it has such a suffix.
+        InputError: The folder cannot be read, or no file in it has such a suffix.
     """
     if not folder.is_dir():
         raise InputError(f"folder not found: {folder}")
-    entries = folder.rglob("*") if recursive else folder.iterdir()
-    files = sorted(p for p in entries if p.suffix.lower() in suffixes and p.is_file())
+    try:
+        entries = [*(folder.rglob("*") if recursive else folder.iterdir())]
+    except OSError as error:
+        raise InputError(f"cannot read the folder {folder}: {error.strerror}") from error
+    files = sorted(
+        p for p in entries if p.suffix.lower() in suffixes and (p.is_file() or not p.exists())
+    )
     if not files:
         raise InputError(f"no file in {folder} ends in one of {', '.join(sorted(suffixes))}")
     return files
@@ -102,8 +109,12 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
             "takes --data.max_pixels, where memory allows)"
         ) from error
     except (OSError, ValueError) as error:
-        empty = path.stat().st_size == 0
-        reason = "the file is empty" if empty else "it is no image, or is damaged"
+        if isinstance(error, OSError) and error.strerror:  # from the system, not from Pillow
+            reason = error.strerror
+        elif path.stat().st_size == 0:
+            reason = "the file is empty"
+        else:
+            reason = "it is no image, or is damaged"
         raise InputError(f"cannot read {path}: {reason}; restore or remove it") from error
 
 

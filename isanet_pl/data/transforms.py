@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
 from isanet_pl.data.files import IGNORE
+from isanet_pl.errors import InputError
 from isanet_pl.inference import fit_scale
 
 # The ImageNet mean, so that padding is near zero once the image is normalised.
@@ -44,7 +45,7 @@ class TrainTransform:
         mirrored_classes: Pairs of classes that a flip turns into each other.
 
     Raises:
-        ValueError: A size or factor is not positive, or the range is the wrong way round.
+        InputError: A size or factor is not positive, or the range is the wrong way round.
     """
 
     def __init__(
@@ -57,13 +58,13 @@ class TrainTransform:
         mirrored_classes: Sequence[tuple[int, int]] = (),
     ) -> None:
         if len(crop_size) != 2 or min(crop_size) < 1:
-            raise ValueError(f"crop_size must be two positive integers, got {tuple(crop_size)}")
+            raise InputError(f"crop_size must be two positive integers, got {tuple(crop_size)}")
         if len(scale_range) != 2 or not 0 < scale_range[0] <= scale_range[1]:
-            raise ValueError(f"scale_range must be 0 < low <= high, got {tuple(scale_range)}")
+            raise InputError(f"scale_range must be 0 < low <= high, got {tuple(scale_range)}")
         if base_size is not None and (len(base_size) != 2 or min(base_size) < 1):
-            raise ValueError(f"base_size must be two positive integers, got {tuple(base_size)}")
+            raise InputError(f"base_size must be two positive integers, got {tuple(base_size)}")
         if not 0 < cat_max_ratio <= 1:
-            raise ValueError(f"cat_max_ratio must be above 0 and at most 1, got {cat_max_ratio}")
+            raise InputError(f"cat_max_ratio must be above 0 and at most 1, got {cat_max_ratio}")
         self.crop_size = (crop_size[0], crop_size[1])
         self.scale_range = (scale_range[0], scale_range[1])
         self.base_size = base_size

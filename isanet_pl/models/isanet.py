@@ -131,6 +131,15 @@ class ISANet(nn.Module):
                 f"form is one of {get_args(Form)} and context one of {get_args(Context)}, got "
                 f"{form!r} and {context!r}"
             )
+        channels_of = {
+            "key_channels": key_channels,
+            "value_channels": value_channels,
+            "out_channels": out_channels,
+            "aux_channels": aux_channels,
+        }
+        for name, number in channels_of.items():
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
         reduced = form == "reduced"
         dropout = (0.1 if reduced else 0.0) if dropout is None else dropout
         aux_head = reduced if aux_head is None else aux_head

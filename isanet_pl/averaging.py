@@ -1,0 +1,44 @@
+"""Exponential moving average of the weights."""
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
+
+from isanet_pl.errors import InputError
+
+
+class ExponentialAverage(WeightAveraging):
+    """Keeps an exponential moving average of the weights, and validates with it.
+
+    Checkpoints hold both: the average is what `validate`, `predict` and `ISANet.from_checkpoint`
+    load, the raw weights are what training goes on with. BatchNorm's statistics are averaged too.
+
+    After n updates the decay is (1 + n) / (10 + n) at most, as in TensorFlow's
+    ExponentialMovingAverage. Lightning's own EMAWeightAveraging has no such start: after 300 steps
+    with 0.999, three quarters of it would still be the weights of the first step.
+
+    Args:
+        decay: Share of the average that an update keeps.
+
+    Raises:
+        InputError: The decay is not between 0 and 1.
+    """
+
+    def __init__(self, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise InputError(f"ema_decay must be above 0 and below 1, such as 0.999, got {decay}")
+        self.decay = decay
+        super().__init__(multi_avg_fn=self._update)
+
+    @torch.no_grad()
+    def _update(
+        self, averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor
+    ) -> None:
+        count = int(num_averaged)
+        share = 1 - min(self.decay, (1 + count) / (10 + count))
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(list(averaged), list(current), share)
+        else:  # BatchNorm's count of batches
+            torch._foreach_copy_(list(averaged), list(current))
