@@ -1,5 +1,6 @@
 """`isanet-pl` and `python -m isanet_pl`."""
 
+import multiprocessing
 import os
 import sys
 
@@ -21,6 +22,10 @@ def run() -> None:
         message = str(error).rsplit("InputError: ", maxsplit=1)[-1].strip()
         print(f"isanet-pl: error: {message}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        # Python's exit would ask loader processes with the signal that they outlive for a while.
+        for process in multiprocessing.active_children():
+            process.kill()
 
 
 if __name__ == "__main__":

@@ -474,3 +474,22 @@ def test_a_run_killed_again_and_again_ends_the_same(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no difference, bit for bit" in done.stdout
     assert done.stdout.count("SIGKILL") == 2
+
+
+def test_a_run_that_fails_does_not_wait_for_its_loader_processes(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    options = {
+        "data.num_workers": 1,
+        "trainer.enable_progress_bar": "true",  # or nothing is printed
+        "trainer.max_steps": 10_000,
+        "progress.every_n_steps": 1,
+    }
+    command = [sys.executable, "-m", "isanet_pl", "fit", *arguments(tmp_path, options)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path
+    )
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            break
+    process.stdout.close()  # as `head` does: the next line cannot be printed
+    assert process.wait(timeout=25) == 1  # below the grace of a loader process

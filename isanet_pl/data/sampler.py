@@ -20,6 +20,9 @@ from isanet_pl.errors import InputError
 # stand in for one that cannot be read.
 ORDER, SAMPLE, REPLACEMENT = 0, 1, 2
 
+GRACE_SECONDS = 30
+"""How long a loader process lives after SIGTERM."""
+
 ATTEMPTS = 10
 """Images that are tried in the place of one: so many broken ones in a row are no accident."""
 
@@ -156,9 +159,9 @@ class DrawLoader(DataLoader[Sample]):
 
 
 def outlive_termination(worker: int) -> None:
-    """Lets a loader process live through one SIGTERM, so that the main process can save.
+    """Lets a loader process live on for a while after SIGTERM, so that the main process can save.
 
-    The end of a job is announced to all of its processes. The second one ends it: from a main
-    process that ends and does not wait for it.
+    The end of a job is announced to all of its processes. That this one ends all the same matters
+    where the main process waits for it, having sent the signal itself, as Python's exit does.
     """
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
