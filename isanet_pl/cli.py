@@ -1,16 +1,13 @@
 """The command line: `isanet-pl {fit,validate,test,predict,export}`, a LightningCLI."""
 
-import errno
 import json
 import logging
 import sys
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -23,9 +20,9 @@ from isanet_pl.checkpoint_io import AtomicCheckpointIO
 from isanet_pl.checkpoints import check_file, config_of, is_onnx
 from isanet_pl.dashboards import ClassScores, PredictionPanels
 from isanet_pl.data import SegmentationDataModule
-from isanet_pl.errors import InputError
+from isanet_pl.errors import InputError, find_input_error
+from isanet_pl.explain import explain, is_out_of_memory, less_memory
 from isanet_pl.export import OnnxNetwork, SegmentationTrainer
-from isanet_pl.memory import advice, is_out_of_memory
 from isanet_pl.module import SegmentationModule
 from isanet_pl.predictions import PredictionWriter
 from isanet_pl.resume import LastCheckpoint, continue_metrics, find_run
@@ -33,8 +30,6 @@ from isanet_pl.wandb_run import Mode, RunConfig, WandbRun, resolve_mode, wandb_l
 
 log = logging.getLogger(__name__)
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says when a disk, a user's share of it, or a file is full."""
 TRAINED = ("validate", "test", "predict", "export")
 """Commands that need trained weights."""
 
@@ -59,19 +54,6 @@ def new_run_folder(runs_dir: str, name: str) -> Path:
             raise InputError(
                 f"cannot write the run folder {folder}: {error.strerror}; choose another --runs_dir"
             ) from error
-
-
-def _find_input_error(error: BaseException | None) -> InputError | None:
-    """Returns the first InputError among an error and those it was raised from."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _is_lightnings(error: BaseException) -> bool:
-    """Returns whether Lightning itself raised an error: it refuses one of its own options."""
-    (*_, (frame, _)) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals["__name__"]).startswith("lightning.")
 
 
 class SegmentationCLI(LightningCLI):
@@ -207,7 +189,7 @@ class SegmentationCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, FileNotFoundError) as error:
             # An argument that a class refuses. jsonargparse wraps it into its own message.
-            raise _find_input_error(error) or InputError(str(error)) from error
+            raise find_input_error(error) or InputError(str(error)) from error
         # The run's config.yaml, written later, keeps what the user asked for.
         network.weights_path, network.pretrained = wanted
         config.ckpt_path = given
@@ -299,9 +281,7 @@ class SegmentationCLI(LightningCLI):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise InputError(
-                f"out of memory: {advice(subcommand, self.config[subcommand])}"
-            ) from error
+            raise InputError(less_memory(subcommand, self.config[subcommand])) from error
 
     def before_validate(self) -> None:
         """Leaves the table at the end to `ResultTable`; Lightning would print its own as well."""
@@ -343,18 +323,13 @@ def main(args: ArgsType = None, run: bool = True) -> SegmentationCLI:
     _configure_messages()
     try:
         return _build_and_run(args, run)
-    except (MisconfigurationException, ValueError) as error:
-        if isinstance(error, InputError) or not _is_lightnings(error):
+    except InputError:
+        raise
+    except Exception as error:
+        explained = explain(error)
+        if explained is None:
             raise
-        raise InputError(str(error).strip()) from error
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        # From wherever the run writes: metrics, pictures, predictions. Checkpoints say it better.
-        raise _find_input_error(error) or InputError(
-            f"cannot write: {error.strerror}. What was written before is kept; make room, then run "
-            "the same command again, for fit with --resume true"
-        ) from error
+        raise explained from error
 
 
 def _build_and_run(args: ArgsType, run: bool) -> SegmentationCLI:

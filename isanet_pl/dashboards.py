@@ -1,6 +1,7 @@
 """Pictures of a run: PNG files in its folder, and the same in TensorBoard and W&B."""
 
 import csv
+import gc
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,6 +79,8 @@ class ClassScores(pl.Callback):
         log_figure(trainer, figure, f"{stage}/confusion", f"confusion_{stage}.png", step)
         figure = draw_class_scores(iou, float(logged[f"{stage}/miou"]))
         log_figure(trainer, figure, f"{stage}/iou", f"iou_{stage}.png", step)
+        # Figures are large cycles of references, which Python by itself leaves for a long time.
+        gc.collect()
         for logger in _wandb_loggers(trainer):
             _log_tables(logger, confusion, iou, stage, step)
 

@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="loader processes of each loader")
     parser.add_argument("--interval", type=float, default=0.25, help="seconds between two readings")
     parser.add_argument(
-        "--most_mib", type=float, default=32, help="growth over the second half that is too much"
+        "--most_mib", type=float, default=16, help="growth over the second half that is too much"
     )
     parser.add_argument("--output", type=Path, default=Path("long_run"), help="folder of results")
     return parser.parse_args()

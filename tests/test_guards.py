@@ -128,7 +128,6 @@ def test_one_percent_of_a_pass_may_be_replaced_and_no_more(caplog):
     for _ in range(10):
         files.take(fine)
     files.take(broken)
-    files.take(broken)
     with fails_naming("3 of the 200 training samples", "more than 1%", "a.png", "check_dataset"):
         files.take(broken)
 

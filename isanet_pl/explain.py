@@ -1,0 +1,100 @@
+"""What errors of the system and of other libraries mean for the user, and what to do about them."""
+
+import errno
+import traceback
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from isanet_pl.errors import InputError, find_input_error
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when a disk, a user's share of it, or a file is full."""
+
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "out of memory",
+    "OUT_OF_MEMORY",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "killed by signal: Killed",  # a loader process, by Linux
+    "out of shared memory",
+)
+"""What PyTorch says, of CPUs, GPUs and its loader, when memory does not suffice."""
+
+
+def explain(error: Exception) -> InputError | None:
+    """Returns what to tell the user instead of an error; None if it may be a bug."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        # From wherever the run writes: metrics, pictures, predictions. Checkpoints say it better.
+        return find_input_error(error) or InputError(
+            f"cannot write: {error.strerror}. What was written before is kept; make room, then run "
+            "the same command again, for fit with --resume true"
+        )
+    if isinstance(error, MisconfigurationException | ValueError) and _comes_from(
+        error, "lightning"
+    ):
+        return InputError(str(error).strip())  # it refuses one of its own options
+    if type(error).__module__.startswith("wandb."):
+        return InputError(
+            f"W&B: {error}\nuse --wandb offline, and upload the run later with `wandb sync`"
+        )
+    return None
+
+
+def _comes_from(error: Exception, package: str) -> bool:
+    """Returns whether code of a package raised an error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).startswith(f"{package}.")
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Returns whether an error, or one that it was raised from, says that memory ran out."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def less_memory(command: str, config: Any) -> str:
+    """Returns what takes less memory, as options with the values that they have now.
+
+    Args:
+        command: The one that ran out of memory.
+        config: Its config.
+    """
+    data, network = config.data.init_args, config.model.network
+    options = _less_for_training(config) if command == "fit" else []
+    if config.model.inference.mode == "whole":
+        options.append(
+            "--model.inference.mode slide --model.inference.crop_size '[512, 512]' (evaluation "
+            "now sees whole images)"
+        )
+    if network.context in ("dense", "rcca"):
+        options.append(f"--model.network.context isa (now {network.context}; train anew)")
+    if data.eval_batch_size > 1:
+        options.append(f"--data.eval_batch_size 1 (now {data.eval_batch_size})")
+    options.append("--data.num_workers 1 (each loader process takes memory too)")
+    return "out of memory; try one or more of\n  " + "\n  ".join(options)
+
+
+def _less_for_training(config: Any) -> list[str]:
+    data, network = config.data.init_args, config.model.network
+    options = []
+    batch, parts = data.batch_size, config.trainer.accumulate_grad_batches
+    if batch >= 4:  # BatchNorm wants more than one image
+        options.append(
+            f"--data.batch_size {batch // 2} --trainer.accumulate_grad_batches {2 * parts} "
+            f"(now {batch} and {parts})"
+        )
+    crop = list(data.crop_size)
+    options.append(f"--data.crop_size '{[side // 4 * 3 for side in crop]}' (now {crop})")
+    if "mixed" not in str(config.trainer.precision):
+        options.append("--trainer.precision bf16-mixed")
+    if network.form == "direct" and not network.classify_before_upsampling:
+        options.append("--model.network.classify_before_upsampling true")
+    return options
