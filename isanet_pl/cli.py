@@ -21,7 +21,7 @@ from isanet_pl.checkpoints import check_file, config_of, is_onnx
 from isanet_pl.dashboards import ClassScores, PredictionPanels
 from isanet_pl.data import SegmentationDataModule
 from isanet_pl.errors import InputError, find_input_error
-from isanet_pl.explain import explain, is_out_of_memory, less_memory
+from isanet_pl.explain import explain, less_memory, out_of_memory
 from isanet_pl.export import OnnxNetwork, SegmentationTrainer
 from isanet_pl.module import SegmentationModule
 from isanet_pl.predictions import PredictionWriter
@@ -279,9 +279,11 @@ class SegmentationCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            reason = out_of_memory(error)
+            if reason is None:
                 raise
-            raise InputError(less_memory(subcommand, self.config[subcommand])) from error
+            fixes = less_memory(subcommand, self.config[subcommand])
+            raise InputError(f"{reason}; {fixes}") from error
 
     def before_validate(self) -> None:
         """Leaves the table at the end to `ResultTable`; Lightning would print its own as well."""

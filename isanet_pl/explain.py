@@ -18,10 +18,8 @@ OUT_OF_MEMORY = (
     "out of memory",
     "OUT_OF_MEMORY",
     "CUBLAS_STATUS_ALLOC_FAILED",
-    "killed by signal: Killed",  # a loader process, by Linux
-    "out of shared memory",
 )
-"""What PyTorch says, of CPUs, GPUs and its loader, when memory does not suffice."""
+"""What PyTorch says, of CPUs and GPUs, when memory does not suffice."""
 
 
 def explain(error: Exception) -> InputError | None:
@@ -49,15 +47,19 @@ def _comes_from(error: Exception, package: str) -> bool:
     return str(frame.f_globals["__name__"]).startswith(f"{package}.")
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Returns whether an error, or one that it was raised from, says that memory ran out."""
+def out_of_memory(error: BaseException | None) -> str | None:
+    """Returns what to say if an error, or one that it was raised from, is for want of memory."""
     while error is not None:
+        said = str(error)
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            return True
-        if isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY):
-            return True
+            return "out of memory"
+        if isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY):
+            return "out of memory"
+        if isinstance(error, RuntimeError) and said.startswith("DataLoader worker"):
+            # Linux does not say why; that of a container may have too little shared memory.
+            return f"a loader process has died, most likely out of memory ({said.strip()})"
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def less_memory(command: str, config: Any) -> str:
@@ -79,7 +81,7 @@ def less_memory(command: str, config: Any) -> str:
     if data.eval_batch_size > 1:
         options.append(f"--data.eval_batch_size 1 (now {data.eval_batch_size})")
     options.append("--data.num_workers 1 (each loader process takes memory too)")
-    return "out of memory; try one or more of\n  " + "\n  ".join(options)
+    return "try one or more of\n  " + "\n  ".join(options)
 
 
 def _less_for_training(config: Any) -> list[str]:

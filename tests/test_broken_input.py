@@ -393,6 +393,7 @@ def test_nothing_but_broken_images_end_the_run_at_once(place, capsys):
 
 def test_a_broken_image_of_val_ends_the_run_also_where_others_are_skipped(place, capsys):
     check_refused(capsys, place, on(VAL_IMAGE, truncate), SKIP, (VAL_IMAGE, RESTORE))
+    assert not [path for path in (place / "runs").rglob("*") if path.is_file()]  # at the start
 
 
 # Configs
@@ -745,7 +746,8 @@ class Killer(pl.Callback):
 def test_a_killed_loader_process_is_said_to_be_memory(place, capsys):
     options = ("--trainer.callbacks+", "test_broken_input.Killer", "--data.num_workers", 1)
     options += ("--trainer.max_steps", 50, "--trainer.val_check_interval", 50)
-    check_refused(capsys, place, nothing, options, ("out of memory", "--data.num_workers"))
+    words = ("a loader process has died, most likely out of memory", "--data.num_workers 1")
+    check_refused(capsys, place, nothing, options, words)
 
 
 def test_more_workers_than_cores_and_images_work(place):
@@ -762,10 +764,11 @@ def test_more_workers_than_cores_and_images_work(place):
     [
         (on(IMAGE, truncate), ("--data.num_workers", 1), (IMAGE, RESTORE)),
         (break_images(2), (*SKIP, *ONE_PASS, "--data.num_workers", 1), ("more than 1%", RESTORE)),
+        (break_images(2), (*SKIP, *ONE_PASS, "--trainer.devices", 2), ("more than 1%", RESTORE)),
         (nothing, ("--data.crop_size", "[3000000, 3000000]"), ("out of memory",)),
         (nothing, ("--trainer.val_check_interval", 0), ("must be above 0",)),
     ],
-    ids=["truncated image", "too many skipped", "out of memory", "option of Lightning"],
+    ids=["truncated image", "too many skipped", "by two", "out of memory", "option of Lightning"],
 )
 def test_a_process_ends_with_one_message_and_exit_code_2(place, change, options, words):
     change(place)

@@ -31,8 +31,6 @@ def test_only_both_stages_together_find_the_lamp(options, least, most, tmp_path)
         "--data.num_workers": 0,
         "--trainer.max_steps": 200,
         "--trainer.val_check_interval": 200,
-        "--trainer.logger": "false",
-        "--trainer.enable_checkpointing": "false",
         "--trainer.enable_progress_bar": "false",
         "--runs_dir": tmp_path,
         **{f"--model.network.{name}": value for name, value in options.items()},
