@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from isanet_pl.checkpoint_io import read_checkpoint
 from isanet_pl.data.files import IMAGE_SUFFIXES, list_files, read_image
 from isanet_pl.errors import InputError
 from isanet_pl.models import ISANet, fuse_for_inference
@@ -64,7 +65,7 @@ class SegmentationTrainer(pl.Trainer):
             InputError: The options do not go together, or the file gives other results.
         """
         assert ckpt_path is not None
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(ckpt_path)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
         network = model.network.float().eval()

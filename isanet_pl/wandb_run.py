@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from isanet_pl.callbacks import code_version
+from isanet_pl.checkpoint_io import read_checkpoint
 from isanet_pl.errors import InputError
 
 Mode = Literal["off", "offline", "online", "auto"]
@@ -72,8 +72,7 @@ def wandb_logger(
 
 
 def _run_id(checkpoint: str) -> str | None:
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    known: str | None = content.get(RUN_ID)
+    known: str | None = read_checkpoint(checkpoint).get(RUN_ID)
     return known
 
 
