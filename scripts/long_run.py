@@ -5,7 +5,7 @@
 The run is that of configs/quickstart.yaml, made small, in a process of its own with two loader
 processes for each loader. Memory and open files of all of them are read several times a second.
 Writes samples.csv and growth.png. A line is fitted to each over the second half of the steps: exits
-with 1 if memory grows by more than --most_mib, or the number of open files at all. For Linux.
+with 1 if memory grows by more than --most_mib, or open files by more than --most_files. For Linux.
 """
 
 import argparse
@@ -52,6 +52,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--interval", type=float, default=0.25, help="seconds between two readings")
     parser.add_argument(
         "--most_mib", type=float, default=16, help="growth over the second half that is too much"
+    )
+    parser.add_argument(
+        "--most_files",
+        type=float,
+        default=2,
+        help="the same of open files, some of which are brief",
     )
     parser.add_argument("--output", type=Path, default=Path("long_run"), help="folder of results")
     return parser.parse_args()
@@ -199,7 +205,7 @@ def main() -> None:
     for name in ("main_mib", "workers_mib", "main_files", "workers_files"):
         by, last = growth(half, name), getattr(half[-1], name)
         print(f"{name:14} {getattr(half[0], name):7.1f} to {last:7.1f}, grows by {by:+.2f}")
-        if by > (arguments.most_mib if name.endswith("mib") else 0.5):
+        if by > (arguments.most_mib if name.endswith("mib") else arguments.most_files):
             grown.append(name)
     print(f"{len(half)} readings of the last {arguments.steps // 2} steps of {arguments.steps}")
     if grown:
