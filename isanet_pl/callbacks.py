@@ -149,6 +149,29 @@ class ResultTable(pl.Callback):
     def __init__(self) -> None:
         self.start = time.monotonic()
         self.code: str | None = None
+        self.scores: dict[str, float] = {}  # of the last validation of a fit
+        self.earlier = 0.0  # seconds, up to the checkpoint that it goes on from
+
+    @property
+    def seconds(self) -> float:
+        """Returns how long the run has taken, without what a killed process did in vain."""
+        return time.monotonic() - self.start
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a run that goes on cannot find out again."""
+        return {"scores": self.scores, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.scores = state_dict["scores"]
+        self.earlier = state_dict["seconds"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Counts the time of before, if the run goes on in its own folder."""
+        folder = run_folder(trainer)
+        if folder is not None and trainer.ckpt_path is not None:
+            own = Path(trainer.ckpt_path).resolve().is_relative_to(folder.resolve())
+            self.start -= self.earlier if own else 0
 
     @rank_zero_only
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -157,16 +180,18 @@ class ResultTable(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports the last validation."""
-        self._report(trainer, pl_module, "val")
+        self._report(trainer, pl_module, "val", self.scores)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reports `validate`."""
+        """Reports `validate`; in a fit, keeps the scores for the end."""
         if trainer.state.fn == "validate":
-            self._report(trainer, pl_module, "val")
+            self._report(trainer, pl_module, "val", _scores(trainer, "val"))
+        elif not trainer.sanity_checking:
+            self.scores = _scores(trainer, "val")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports `test`."""
-        self._report(trainer, pl_module, "test")
+        self._report(trainer, pl_module, "test", _scores(trainer, "test"))
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -177,12 +202,13 @@ class ResultTable(pl.Callback):
             folder.rmdir()
 
     @rank_zero_only
-    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        scores = {
-            name.removeprefix(f"{stage}/"): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith(f"{stage}/")
-        }
+    def _report(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        stage: str,
+        scores: Mapping[str, float],
+    ) -> None:
         if "miou" not in scores:
             return  # a fit without any validation
         Console(width=None if sys.stdout.isatty() else 80).print(_table(stage, scores))
@@ -193,7 +219,7 @@ class ResultTable(pl.Callback):
             "command": shlex.join(["isanet-pl", *sys.argv[1:]]),
             "stage": stage,
             "step": pl_module.trained_steps,
-            "seconds": round(time.monotonic() - self.start),
+            "seconds": round(self.seconds),
             "machine": _machine(),
             "torch": torch.__version__,
             "git": self.code,
@@ -203,6 +229,15 @@ class ResultTable(pl.Callback):
         path = folder / "results.json"
         path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         print(f"written to {path.parent}")
+
+
+def _scores(trainer: pl.Trainer, stage: str) -> dict[str, float]:
+    """Returns the latest scores of a stage, without its name."""
+    return {
+        name.removeprefix(f"{stage}/"): float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(f"{stage}/")
+    }
 
 
 def _machine() -> str:

@@ -25,8 +25,10 @@ from isanet_pl.explain import explain, less_memory, out_of_memory
 from isanet_pl.export import OnnxNetwork, SegmentationTrainer
 from isanet_pl.module import SegmentationModule
 from isanet_pl.predictions import PredictionWriter
+from isanet_pl.ranks import RankWatch
 from isanet_pl.resume import LastCheckpoint, continue_metrics, find_run
-from isanet_pl.wandb_run import Mode, RunConfig, WandbRun, resolve_mode, wandb_logger
+from isanet_pl.run_config import RunConfig
+from isanet_pl.wandb_run import Mode, WandbRun, resolve_mode, wandb_logger
 
 log = logging.getLogger(__name__)
 
@@ -347,7 +349,7 @@ def _build_and_run(args: ArgsType, run: bool) -> SegmentationCLI:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         trainer_defaults={
-            "callbacks": [ResultTable(), ClassScores()],
+            "callbacks": [ResultTable(), ClassScores(), RankWatch()],
             "log_every_n_steps": 10,
             "max_epochs": -1,
         },
@@ -374,6 +376,8 @@ def _configure_messages() -> None:
         "Total length of `DataLoader` across ranks is zero",
         # A run in a new folder continues from a checkpoint in another: intended.
         "The dirpath has changed from",
+        # It is: each process takes its share of the images, and none takes one twice.
+        r"It is recommended to use `Trainer\(devices=1",
         # Only `fit` keeps an average up, and refuses to drop it.
         r"Be aware that when using `ckpt_path`.*\['ExponentialAverage'\]",
         # A run that is resumed: its loader goes on where it was, and its files stay.

@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from isanet_pl.errors import InputError, find_input_error
+from isanet_pl.ranks import HINT
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when a disk, a user's share of it, or a file is full."""
@@ -34,6 +35,13 @@ def explain(error: Exception) -> InputError | None:
         error, "lightning"
     ):
         return InputError(str(error).strip())  # it refuses one of its own options
+    if isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    ):
+        return InputError(
+            f"the connection to another process of this run is lost, most likely because it has "
+            f"died: see what it said, if it could. {HINT}\n  ({str(error).strip()})"
+        )
     if type(error).__module__.startswith("wandb."):
         return InputError(
             f"W&B: {error}\nuse --wandb offline, and upload the run later with `wandb sync`"

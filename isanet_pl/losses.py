@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,12 +16,16 @@ class SegmentationLoss(nn.Module):
     With OHEM (online hard example mining; openseg's `fs_auxohemce_loss`, mmsegmentation's
     `OHEMPixelSampler`) only pixels whose true class has a probability below a threshold count.
 
+    In training on several ranks the mean is that over the counted pixels of all of them: the mean
+    of the ranks' losses, and DDP's of their gradients, are those of one process with all images.
+
     Args:
         class_weights: One weight for each class; None weighs all the same. The mean is taken over
             the weights of the counted pixels, as in `torch.nn.CrossEntropyLoss`.
         ohem_threshold: Count only pixels whose true class has at most this probability, 0.7 in the
             literature; None counts all.
-        ohem_min_kept: With OHEM, count at least this many pixels of a batch, the hardest.
+        ohem_min_kept: With OHEM, count at least this many pixels of a batch on a device, the
+            hardest.
         aux_weight: Weight of the auxiliary head's loss.
         ignore_index: Label of pixels that never count.
 
@@ -84,7 +89,12 @@ class SegmentationLoss(nn.Module):
         else:
             # Any class will do at ignored pixels: they are multiplied by zero.
             weights = self.class_weights[target.clamp(0, num_classes - 1)] * counted
-        return (losses * weights).sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        counted_weight = weights.sum()
+        if self.training and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counted_weight)
+            counted_weight /= dist.get_world_size()
+        tiny = torch.finfo(torch.float32).tiny
+        return (losses * weights).sum() / counted_weight.clamp(min=tiny)
 
     def _is_hard(self, losses: Tensor, counted: Tensor) -> Tensor:
         """Returns a bool map: probability at most the threshold, or among the hardest."""

@@ -1,18 +1,23 @@
-"""The LightningModule: one step for all stages, metrics, optimiser groups, poly schedule."""
+"""The LightningModule: steps of training and evaluation, metrics, optimiser groups, poly schedule."""
 
 import dataclasses
 import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
 
+from isanet_pl.data import SegmentationDataModule
+from isanet_pl.data.files import IGNORE
 from isanet_pl.errors import InputError
 from isanet_pl.finite import all_finite, first_not_finite
 from isanet_pl.inference import Inference
@@ -68,6 +73,8 @@ class SegmentationModule(pl.LightningModule):
             `reference_batch_size`.
         inference: How images are seen in validate, test and predict.
         compile: Train the network through torch.compile: its first steps take minutes.
+        freeze_bn: Keep BatchNorm's statistics as they were loaded, in training too: for batches of
+            so few images that their own are of no use. Its scales and shifts are still trained.
 
     Raises:
         InputError: There are not as many class weights as classes, or `scale_lr` lacks its
@@ -95,6 +102,7 @@ class SegmentationModule(pl.LightningModule):
         scale_lr: bool = False,
         inference: Inference = Inference(),
         compile: bool = False,
+        freeze_bn: bool = False,
     ) -> None:
         super().__init__()
         num_classes = len(class_names)
@@ -120,6 +128,7 @@ class SegmentationModule(pl.LightningModule):
         self.scale_lr = scale_lr
         self.inference = inference
         self.compile_network = compile
+        self.freeze_bn = freeze_bn
         self.predict_probabilities = False
         object.__setattr__(self, "deployed", None)
         self.loaded_step = 0
@@ -130,29 +139,34 @@ class SegmentationModule(pl.LightningModule):
                 for stage in ("val", "test")
             }
         )
+        self.losses = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Returns itself, in training or evaluation mode."""
+        super().train(mode)
+        for module in self.modules():
+            if self.freeze_bn and isinstance(module, _BatchNorm):
+                module.eval()
+        return self
 
     @property
     def trained_steps(self) -> int:
         """Returns the optimiser steps behind the weights, those of a loaded checkpoint included."""
         return self.global_step or self.loaded_step
 
-    def _step(self, batch: Mapping[str, Any], stage: str) -> tuple[Tensor, Tensor]:
-        """Returns the loss and the logits (N, K, H, W) of a batch; logs the loss."""
-        training = stage == "train"
-        outputs = self._forward(batch["image"]) if training else self._infer(batch["image"])
-        loss: Tensor = self.loss(outputs, batch["mask"])
-        self.log(
-            f"{stage}/loss",
-            loss,
-            on_step=training,
-            on_epoch=not training,
-            prog_bar=training,
-            batch_size=len(batch["image"]),
-        )
-        return loss, outputs["out"]
-
     def setup(self, stage: str) -> None:
-        """Compiles the network for training, in place: the names of its weights stay."""
+        """Compiles the network for training, in place: the names of its weights stay.
+
+        Raises:
+            InputError: The loss ignores another label than the data does.
+        """
+        ignored = self.loss.ignore_index
+        if isinstance(self.trainer.datamodule, SegmentationDataModule) and ignored != IGNORE:  # type: ignore[attr-defined]
+            raise InputError(
+                f"model.loss.ignore_index is {ignored}, but pixels without a label come from the "
+                f"data as {IGNORE}, whatever their code in the files: leave it at that"
+            )
         if self.compile_network and stage == "fit":
             self.network.compile()
 
@@ -188,7 +202,9 @@ class SegmentationModule(pl.LightningModule):
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.seen.clear()
         self.seen += batch["name"]
-        loss, _ = self._step(batch, "train")
+        loss: Tensor = self.loss(self._forward(batch["image"]), batch["mask"])
+        # The mean over all processes: see `SegmentationLoss`.
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         if not loss.isfinite():
             self._stop(f"the loss is {loss.item()}")
         return loss
@@ -241,8 +257,11 @@ class SegmentationModule(pl.LightningModule):
         return result
 
     def _evaluate(self, batch: Mapping[str, Any], stage: Literal["val", "test"]) -> Tensor:
-        _, logits = self._step(batch, stage)
-        prediction = logits.argmax(dim=1)
+        outputs = self._infer(batch["image"])
+        loss = self.loss(outputs, batch["mask"])
+        # Not Lightning's own mean, which is wrong where processes have unequal shares.
+        self.losses[stage].update(loss, len(batch["image"]))  # type: ignore[operator]
+        prediction = outputs["out"].argmax(dim=1)
         self.metrics[stage].update(prediction, batch["mask"])  # type: ignore[operator]
         return prediction
 
@@ -262,10 +281,14 @@ class SegmentationModule(pl.LightningModule):
         metrics = self.metrics[stage]
         assert isinstance(metrics, SegmentationMetrics)
         # `compute` has already summed the confusion matrix over all processes.
-        self.log_dict({f"{stage}/{name}": score for name, score in metrics.compute().items()})
+        scores = {"loss": self.losses[stage].compute(), **metrics.compute()}  # type: ignore[operator]
+        self.log_dict({f"{stage}/{name}": score for name, score in scores.items()})
+        if not metrics.confusion.any() and self.trainer.is_global_zero:
+            log.warning("no pixel of the %s split has a label: there is nothing to score", stage)
         # Loggers take this for the step: without it, they would see that of the batch before.
         self.log("step", float(self.trained_steps))
         metrics.reset()
+        self.losses[stage].reset()  # type: ignore[operator]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns the parameters with loaded weights, and all others, as optimiser groups."""
@@ -296,14 +319,28 @@ class SegmentationModule(pl.LightningModule):
                 "the schedule needs the length of the run: set trainer.max_steps or max_epochs"
             )
         self._fit_lr_to_batch(optimizer)
+        # A checkpoint brings its own: `on_train_start` goes back to these.
+        self._settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
         factor = poly_schedule(
             int(total_steps), self.poly_power, self.end_lr_factor, self.warmup_fraction
         )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        scheduler = LambdaLR(optimizer, factor)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def on_train_start(self) -> None:
+        """Gives the optimiser the config's settings; those of a checkpoint came with its state."""
+        schedule = self.trainer.lr_scheduler_configs[0].scheduler
+        assert isinstance(schedule, LambdaLR)
+        schedule.base_lrs = [own["lr"] for own in self._settings]
+        groups = zip(schedule.optimizer.param_groups, self._settings, strict=True)
+        for (group, own), factor in zip(groups, schedule.lr_lambdas, strict=True):
+            group.update(own, initial_lr=own["lr"], lr=own["lr"] * factor(schedule.last_epoch))
 
     def _fit_lr_to_batch(self, optimizer: torch.optim.Optimizer) -> None:
         """Scales the learning rates to the images of a step, or warns that they do not fit."""

@@ -1,17 +1,14 @@
 """The W&B side of a run: its logger, and what Lightning's logger does not do by itself."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from isanet_pl.callbacks import code_version
 from isanet_pl.checkpoint_io import read_checkpoint
 from isanet_pl.errors import InputError
 
@@ -74,17 +71,6 @@ def wandb_logger(
 def _run_id(checkpoint: str) -> str | None:
     known: str | None = read_checkpoint(checkpoint).get(RUN_ID)
     return known
-
-
-class RunConfig(SaveConfigCallback):
-    """Saves the complete config as `config.yaml`, and gives it to W&B with the code's version."""
-
-    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Gives the config to W&B; the file is written already."""
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                config = json.loads(self.parser.dump(self.config, "json", skip_none=False))
-                logger.log_hyperparams(config | {"git": code_version()})
 
 
 class WandbRun(pl.Callback):

@@ -133,8 +133,7 @@ def read_run(folder: Path, problems: list[str]) -> Run:
     result = attempt(read_result, "results.json", None)
     curves = attempt(lambda path: read_curves(path, problems), "metrics.csv", {})
     seconds = result.seconds if result else None
-    whole = not config.get("resume")  # or it may have gone on in its folder
-    return Run((folder,), find_command(config, result), config, result, curves, seconds, whole)
+    return Run((folder,), find_command(config, result), config, result, curves, seconds)
 
 
 def find_command(config: Mapping[str, Any], result: Result | None) -> str:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv-peer, an environment with mmsegmentation beside this project, for `pytest -m peer`
-# (tests/test_peer.py says more). It takes some minutes; safe to repeat.
+# Makes .venv-peer, an environment with mmsegmentation beside this project, for tests/test_peer.py,
+# which says more, and for the comparison in scripts/benchmark_efficiency.py. It takes some minutes;
+# safe to repeat.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh

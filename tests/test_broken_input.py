@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from conftest import make_folder, make_scene, truncate
+from conftest import fails_naming, make_folder, make_scene, truncate
 from PIL import ExifTags, Image
 
 from isanet_pl.cli import main
@@ -330,10 +330,16 @@ def test_training_images_without_any_label_change_nothing_but_statistics(place):
     assert cli.trainer.callback_metrics["train/grad_norm"] == 0
 
 
-def test_a_val_split_without_any_label_has_no_score(place):
+def test_a_val_split_without_any_label_has_no_score(place, caplog):
     masks_of(place, "val", all_ignored)
     cli = main(arguments(place, "fit", ()))
     assert cli.trainer.callback_metrics["val/miou"].isnan()
+    assert "no pixel of the val split has a label" in caplog.text
+
+
+def test_ignoring_another_label_than_the_data_is_refused(place):
+    with fails_naming("model.loss.ignore_index is 0", "255"):
+        main(arguments(place, "fit", ("--model.loss.ignore_index", 0)))
 
 
 def test_a_class_that_never_occurs_is_absent_not_zero(place, capsys):

@@ -1,66 +1,178 @@
-"""Two processes on one machine, as users start them."""
+"""Two processes on one machine, as users start them: what they compute, and how they end."""
 
+import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 from conftest import make_folder
 from PIL import Image
 from test_predictions import write_checkpoint
 
+from isanet_pl.checkpoint_io import read_checkpoint
+
 NAMES = "[sky, road, car]"
-
-
-def run(*args, cwd):
-    command = [sys.executable, "-m", "isanet_pl", *map(str, args)]
-    fixed = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--data.num_workers", "0"]
-    return subprocess.run([*command, *fixed], capture_output=True, text=True, cwd=cwd, timeout=180)
-
-
-@pytest.fixture
-def config(tmp_path):
-    make_folder(tmp_path / "data", size=(32, 48), count=5)
-    path = tmp_path / "tiny.yaml"
-    path.write_text(
-        f"""
+STEPS = 20
+WITHIN = 60
+"""Seconds within which a run must end once one of its processes has died."""
+CONFIG = f"""
 model:
   network:
-    {{backbone: resnet18, last_stage: 1, key_channels: 4, value_channels: 4, out_channels: 4}}
-  loss: {{}}
-  reference_batch_size: 2
+    backbone: resnet18
+    last_stage: 1
+    key_channels: 4
+    value_channels: 4
+    out_channels: 4
+    dropout: 0.0
+  loss: {{class_weights: [1.0, 2.0, 0.5]}}
+  freeze_bn: true
 data:
   class_path: SegmentationFolder
-  init_args: {{root: {tmp_path / "data"}, class_names: {NAMES}, batch_size: 2, crop_size: [32, 32]}}
-trainer: {{max_steps: 2, val_check_interval: 1, check_val_every_n_epoch: null}}
+  init_args: {{root: ROOT, class_names: {NAMES}, crop_size: [32, 32], num_workers: 0}}
+trainer:
+  accelerator: cpu
+  max_steps: {STEPS}
+  val_check_interval: 10
+  check_val_every_n_epoch: null
+  log_every_n_steps: 1
+last_checkpoint: {{every_n_steps: 1}}
 """
-    )
-    return path
 
 
-def labelled_pixels(path):
-    with Image.open(path) as mask:
-        return np.count_nonzero(np.array(mask) != 255)
+def command(*args, devices):
+    fixed = ["--trainer.accelerator", "cpu", "--trainer.devices", str(devices)]
+    return [sys.executable, "-m", "isanet_pl", *map(str, args), *fixed]
 
 
-def test_fit_ends_with_its_table_and_files(config, tmp_path):
-    # With W&B, of which only the first process may know.
-    done = run("fit", "--config", config, "--wandb", "offline", cwd=tmp_path)
+def run(*args, cwd, devices=2):
+    done = command(*args, "--data.num_workers", "0", devices=devices)
+    return subprocess.run(done, capture_output=True, text=True, cwd=cwd, timeout=180)
+
+
+def fit(folder, devices, *args):
+    """Returns the run folder of a training whose steps see 4 images, on some devices."""
+    batch = ("--data.batch_size", 4 // devices, "--name", f"on{devices}")
+    done = run("fit", "--config", "tiny.yaml", *batch, *args, cwd=folder, devices=devices)
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "runs" / f"on{devices}" / "version_0", done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Returns a folder with a config, whose data has void pixels and 7 images in each split."""
+    folder = tmp_path_factory.mktemp("devices")
+    data = make_folder(folder / "data", size=(40, 56), count=7)
+    (folder / "tiny.yaml").write_text(CONFIG.replace("ROOT", str(data)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """Returns the run folder of one process."""
+    return fit(folder, 1)[0]
+
+
+def logged(run_folder, name):
+    with (run_folder / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
+
+
+def assert_same_weights(run_folder, other):
+    ours, theirs = (
+        read_checkpoint(path / "checkpoints" / "last.ckpt") for path in (run_folder, other)
+    )
+    assert ours["global_step"] == theirs["global_step"] == STEPS
+    for name, tensor in theirs["state_dict"].items():
+        assert torch.allclose(ours["state_dict"][name], tensor, rtol=0, atol=1e-5), name
+
+
+def test_two_processes_train_and_score_as_one(folder, alone):
+    # With W&B, of which only the first process may know.
+    pair, done = fit(folder, 2, "--wandb", "offline", "--model.reference_batch_size", 2)
     assert "mIoU" in done.stdout
     assert "a step sees 4 images (2 devices x batch_size 2" in done.stderr
-    folder = tmp_path / "runs" / "tiny" / "version_0"
-    assert json.loads((folder / "results.json").read_text())["step"] == 2
-    assert (folder / "checkpoints" / "last.ckpt").is_file()
-    assert len(list((folder / "panels").iterdir())) == 2
-    # One confusion matrix of both processes: 5 images, and the one that evens out their shares.
-    counts = np.loadtxt(folder / "confusion_val.csv", delimiter=",", skiprows=1)
-    assert counts.sum() == 6 * labelled_pixels(tmp_path / "data" / "val" / "masks" / "scene0.png")
-    with Image.open(folder / "confusion_val.png"), Image.open(folder / "iou_val.png"):
+    assert_same_weights(pair, alone)
+    for name in ("train/loss", "train/grad_norm", "val/loss", "val/miou"):
+        one, two = logged(alone, name), logged(pair, name)
+        assert len(one) >= 2
+        assert two == pytest.approx(one, abs=1e-5), name
+    # 7 images in two shares, none of them twice.
+    one, two = ((path / "confusion_val.csv").read_text() for path in (alone, pair))
+    assert one == two
+    assert json.loads((pair / "results.json").read_text())["step"] == STEPS
+    assert len(list((pair / "panels").iterdir())) == 2
+    with Image.open(pair / "confusion_val.png"), Image.open(pair / "iou_val.png"):
         pass
-    assert len(list(folder.glob("wandb/offline-run-*"))) == 1
-    assert [path.name for path in folder.parent.iterdir()] == ["version_0"]
+    assert len(list(pair.glob("wandb/offline-run-*"))) == 1
+    assert [path.name for path in pair.parent.iterdir()] == ["version_0"]
+
+
+def ranks_of(process):
+    """Returns the processes of a run by rank: the one that was started, then those it starts."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text().split():
+        time.sleep(0.05)
+    return [process.pid, *map(int, children.read_text().split())]
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_process_that_dies_ends_the_run_which_goes_on_with_another_number(
+    dies, folder, alone, tmp_path
+):
+    name = f"dies{dies}"
+    options = ("fit", "--config", "tiny.yaml", "--name", name, "--resume", "true")
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            command(*options, "--data.batch_size", 2, devices=2),
+            cwd=folder, stdout=said, stderr=said,
+        )  # fmt: skip
+        pids = ranks_of(process)
+        run_folder = folder / "runs" / name / "version_0"
+        while not (run_folder / "checkpoints" / "last.ckpt").exists():
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.02)
+        os.kill(pids[dies], signal.SIGKILL)
+        since = time.monotonic()
+        while any(map(is_running, pids)) and time.monotonic() - since < WITHIN:
+            process.poll()
+            time.sleep(0.1)
+        assert not any(map(is_running, pids))
+    message = (tmp_path / "said").read_text()
+    assert "--resume true" in message
+    assert f"the process of rank {dies} has died" in message or "connection to another" in message
+    assert not (run_folder / "results.json").exists()
+
+    done = run(*options, "--data.batch_size", 4, cwd=folder, devices=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "data.init_args.batch_size: 2 before, now 4" in done.stderr
+    assert "trainer.devices: 2 before, now 1" in done.stderr
+    assert_same_weights(run_folder, alone)
+    assert (run_folder / "confusion_val.csv").read_text() == (
+        alone / "confusion_val.csv"
+    ).read_text()
+
+
+def test_a_split_smaller_than_the_devices_is_refused(folder, tmp_path):
+    make_folder(tmp_path / "data", count=1)
+    options = ("--config", folder / "tiny.yaml", "--data.root", tmp_path / "data")
+    done = run("fit", *options, "--data.batch_size", 1, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "split has 1 images, fewer than" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_validate_and_predict(tmp_path):

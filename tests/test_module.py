@@ -21,7 +21,7 @@ def make_module(optimizer=None, loss=None, **options):
     return SegmentationModule(network, loss or SegmentationLoss(), NAMES, PALETTE, **options)
 
 
-def make_loader(count=8, size=16):
+def make_loader(count=8, size=16, batch_size=2):
     """Noise of three brightnesses, from top to bottom; the class is the brightness."""
     generator = torch.Generator().manual_seed(0)
     mask = (torch.arange(size) * 3 // size).to(torch.uint8)[:, None].expand(size, size)
@@ -35,7 +35,7 @@ def make_loader(count=8, size=16):
         }
         for i in range(count)
     ]
-    return DataLoader(samples, batch_size=2)
+    return DataLoader(samples, batch_size=batch_size)
 
 
 def make_trainer(tmp_path, **options):
@@ -253,6 +253,60 @@ def test_schedule_without_a_length_is_refused(tmp_path):
 def test_class_weights_must_fit_the_classes():
     with pytest.raises(InputError, match="2 entries for 3 classes: a, b, c"):
         make_module(loss=SegmentationLoss(class_weights=[1, 2]))
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_accumulated_batches_are_one_larger_batch(tmp_path, clip):
+    modules = []
+    for batch_size, accumulated in ((4, 1), (2, 2)):
+        torch.manual_seed(0)
+        module = make_module(freeze_bn=True)
+        module.network.context.dropout.p = 0.0
+        options = {"accumulate_grad_batches": accumulated, "gradient_clip_val": clip}
+        loader = make_loader(batch_size=batch_size)
+        make_trainer(tmp_path, max_steps=3, **options).fit(module, loader)
+        modules.append(module)
+    for name, tensor in modules[0].state_dict().items():
+        assert torch.allclose(modules[1].state_dict()[name], tensor, atol=1e-6), name
+    torch.manual_seed(0)
+    untrained = make_module().network
+    for name in ("classifier", "backbone.net.conv1"):
+        trained = modules[0].network.get_submodule(name)
+        assert not torch.allclose(untrained.get_submodule(name).weight, trained.weight, atol=1e-5)
+
+
+def test_frozen_statistics_stay_while_scales_are_trained(tmp_path):
+    module = make_module(freeze_bn=True)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    make_trainer(tmp_path, max_steps=2, val_check_interval=1).fit(
+        module, make_loader(), make_loader()
+    )
+    for name, tensor in module.state_dict().items():
+        if "running" in name or "num_batches_tracked" in name:
+            assert torch.equal(tensor, before[name])
+    assert not torch.equal(
+        module.network.backbone.net.bn1.weight, before["network.backbone.net.bn1.weight"]
+    )
+    assert module.training
+    assert not make_module().network.backbone.net.bn1.weight.equal(torch.zeros(64))
+    assert make_module().network.backbone.net.bn1.training
+
+
+def test_on_going_on_the_optimisers_settings_are_those_of_the_config(tmp_path):
+    def sgd(**options):
+        return make_module(lambda p: torch.optim.SGD(p, momentum=0.9, **options))
+
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(sgd(lr=0.1, weight_decay=0.01), make_loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    trainer = make_trainer(tmp_path, max_steps=4)
+    trainer.fit(sgd(lr=0.4, weight_decay=0.02), make_loader(), ckpt_path=tmp_path / "a.ckpt")
+    factor = poly_schedule(4, 0.9, 0.01, 0)
+    for group in trainer.optimizers[0].param_groups:
+        assert group["weight_decay"] == 0.02
+        assert group["lr"] == pytest.approx(0.4 * factor(4))
+        # Its momentum is still that of the steps before.
+        assert all("momentum_buffer" in trainer.optimizers[0].state[p] for p in group["params"])
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

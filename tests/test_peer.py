@@ -3,7 +3,7 @@
 Not part of the usual run, as mmsegmentation wants an environment of its own:
 
     bash scripts/setup_peer.sh
-    .venv-peer/bin/python -m pytest -m peer -s
+    .venv-peer/bin/python -m pytest -m peer -s tests/test_peer.py
 
 `-s` shows the differences that were measured. Without mmsegmentation the file is skipped.
 """

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import os
 import random
 import resource
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from conftest import fails_naming, truncate
 from lightning.pytorch.loggers import CSVLogger
 
 from isanet_pl.averaging import ExponentialAverage
-from isanet_pl.callbacks import Progress
+from isanet_pl.callbacks import Progress, ResultTable
 from isanet_pl.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from isanet_pl.cli import main
 from isanet_pl.models import ISANet
@@ -199,6 +201,47 @@ def test_a_moved_run_knows_its_best_checkpoint(stopped):
     after = main(["fit", *arguments(moved, options)]).trainer.checkpoint_callback
     assert after.best_k_models == {str(best): before["best_model_score"]}
     assert after.best_model_path == after.kth_best_model_path == str(best)
+
+
+def test_a_run_stopped_after_its_last_step_still_gives_its_result(stopped):
+    file = stopped / "runs" / "tiny" / "version_0" / "results.json"
+    before = json.loads(file.read_text())
+    file.unlink()
+    fit(stopped, resume="true", **{"trainer.max_steps": 4})
+    after = json.loads(file.read_text())
+    assert after["scores"] == before["scores"]
+    assert after["step"] == before["step"] == 4
+    assert after["seconds"] >= before["seconds"]
+
+
+def test_time_adds_up_in_the_folder_of_a_run_and_only_there(tmp_path):
+    for folder, seconds in (("run", 1000), ("other", 0)):
+        table = ResultTable()
+        table.load_state_dict({"scores": {}, "seconds": 1000.0})
+        table.on_fit_start(
+            SimpleNamespace(
+                loggers=[CSVLogger(tmp_path, folder, "version_0")],
+                ckpt_path=tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt",
+            ),
+            None,
+        )
+        assert seconds <= table.seconds < seconds + 100
+
+
+def test_settings_that_change_on_going_on_are_said_and_win(stopped, caplog):
+    caplog.set_level("INFO", "isanet_pl")
+    options = {"trainer.max_steps": 4, "resume": "true"}
+    fit(stopped, **options)
+    assert "another config" not in caplog.text  # resume itself is none
+    rate = "model.optimizer.init_args.lr"
+    fit(stopped, **{"data.batch_size": 1, rate: 0.5, "seed_everything": 1, **options})
+    (said,) = (r.getMessage() for r in caplog.records if "another config" in r.getMessage())
+    assert said.splitlines()[1:] == [
+        "  data.init_args.batch_size: 2 before, now 1",
+        f"  {rate}: 0.01 before, now 0.5",
+        "  seed_everything: 0 before, now 1",
+    ]
+    assert "training samples go on with the checkpoint's seed 0" in caplog.text
 
 
 def test_overfitting_shows_the_same_samples_in_every_epoch(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, Dataset
 
 from isanet_pl.data.broken import BrokenFiles
@@ -190,6 +191,8 @@ class SegmentationDataModule(pl.LightningDataModule):
             if split not in self._datasets:
                 self._datasets[split] = self.build_dataset(split)
         self._check_space([self._datasets[split] for split in splits.get(stage, ())])
+        for split in splits.get(stage, ()):
+            self._check_shares(split)
         if stage == "fit":
             train = self._datasets["train"]
             assert isinstance(train, Sized)
@@ -214,6 +217,16 @@ class SegmentationDataModule(pl.LightningDataModule):
                     "every image of %s has its mask in %s", self.predict_dir, self.predict_output
                 )
             self._datasets["predict"] = images
+
+    def _check_shares(self, split: Split) -> None:
+        """Makes sure that each process gets an image of a split, so that none waits for it."""
+        dataset, num_ranks = self._datasets[split], self._ranks[1]
+        assert isinstance(dataset, Sized)
+        if len(dataset) < num_ranks:
+            raise InputError(
+                f"the {split} split has {len(dataset)} images, fewer than the {num_ranks} devices: "
+                f"set --trainer.devices {len(dataset)} or less"
+            )
 
     def _is_predicted(self, name: str) -> bool:
         output = self.predict_output
@@ -260,6 +273,8 @@ class SegmentationDataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the stream up where the checkpoint left it."""
+        if self._position is not None and self._position.seed != state_dict["seed"]:
+            log.info("training samples go on with the checkpoint's seed %d", state_dict["seed"])
         self._position = Position(**state_dict)
 
     def _loading(self) -> dict[str, Any]:
@@ -275,7 +290,14 @@ class SegmentationDataModule(pl.LightningDataModule):
         }
 
     def _loader(self, name: str, batch_size: int) -> DataLoader[Sample]:
-        return DataLoader(self._datasets[name], batch_size=batch_size, **self._loading())
+        dataset, (rank, num_ranks) = self._datasets[name], self._ranks
+        # Each image on one rank. Lightning's own choice would fill up the shares with copies.
+        sampler = (
+            UnrepeatedDistributedSampler(dataset, num_ranks, rank, shuffle=False)
+            if num_ranks > 1
+            else None
+        )
+        return DataLoader(dataset, batch_size, sampler=sampler, **self._loading())
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Returns the batch with the colours of training images distorted, on its device.

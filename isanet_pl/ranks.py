@@ -1,0 +1,71 @@
+"""Several processes of one run: none waits for ever for one that has died."""
+
+import logging
+import os
+import subprocess
+import threading
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
+log = logging.getLogger(__name__)
+
+HINT = "fit goes on from the last checkpoint with --resume true, also on another number of devices"
+
+
+class RankWatch(pl.Callback):
+    """Watches the processes that Lightning has started, and these the one that started them.
+
+    A process that waits for another in a collective operation of a GPU learns of its death only
+    after half an hour. torchrun and SLURM watch theirs themselves.
+    """
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Starts to watch."""
+        strategy = trainer.strategy
+        environment = getattr(strategy, "cluster_environment", None)
+        if trainer.world_size == 1 or not isinstance(environment, LightningEnvironment):
+            return
+        children = getattr(strategy.launcher, "procs", [])
+        parent = os.getppid() if trainer.local_rank > 0 else None
+        self._ended.clear()
+        threading.Thread(
+            target=watch, args=(children, parent, self._ended), name="rank-watch", daemon=True
+        ).start()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Stops watching: the processes may end one after the other."""
+        self._ended.set()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Stops watching in a process that ends by itself; the others go on."""
+        self._ended.set()
+
+
+def watch(
+    children: Sequence[subprocess.Popen[bytes]], parent: int | None, ended: threading.Event
+) -> None:
+    """Returns when the run has ended, or once it has said that one of its processes has died.
+
+    Args:
+        children: Those that this process has started, ranks 1, 2, ...: Lightning ends this one
+            within seconds of their death.
+        parent: The process that has started this one, without which it ends; None: not watched.
+        ended: Set at the end of the run.
+    """
+    while not ended.wait(1):
+        for rank, child in enumerate(children, 1):
+            code = child.poll()
+            if code:
+                how = f"signal {-code}" if code < 0 else f"exit code {code}"
+                log.error("the process of rank %d has died (%s): the run ends; %s", rank, how, HINT)
+                return
+        if parent is not None and os.getppid() != parent:
+            log.error("the process of rank 0 has died: the run ends; %s", HINT)
+            os._exit(1)

@@ -1,0 +1,67 @@
+"""The config of a run: in its folder, in its checkpoints, in W&B."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+
+from isanet_pl.callbacks import code_version
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config"
+"""Where a checkpoint keeps the config."""
+OF_A_COMMAND = ("config", "ckpt_path", "resume", "name", "runs_dir", "wandb")
+"""What says where a run is, not what it does."""
+
+
+class RunConfig(SaveConfigCallback):
+    """Saves the config as `config.yaml`, in checkpoints, and with the code's version in W&B.
+
+    A run that goes on from a checkpoint does so with its own config, and says where the two differ.
+    """
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Gives the config to W&B; the file is written already."""
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_hyperparams(self._plain() | {"git": code_version()})
+
+    def _plain(self) -> dict[str, Any]:
+        plain: dict[str, Any] = json.loads(self.parser.dump(self.config, "json", skip_none=False))
+        return plain
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keeps the config."""
+        checkpoint[CONFIG] = self._plain()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Says where training goes on with other settings than those of the checkpoint."""
+        if trainer.state.fn != "fit" or not trainer.is_global_zero or CONFIG not in checkpoint:
+            return
+        old, new = dict(_flat(checkpoint[CONFIG])), dict(_flat(self._plain()))
+        differences = [
+            f"{key}: {old.get(key)} before, now {new.get(key)}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and not key.startswith(OF_A_COMMAND)
+        ]
+        if differences:
+            log.info("going on with another config:\n  %s", "\n  ".join(differences))
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the settings of a nested config, by the names that the command line has for them."""
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value
