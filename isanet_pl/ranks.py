@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -62,10 +63,10 @@ def watch(
     while not ended.wait(1):
         for rank, child in enumerate(children, 1):
             code = child.poll()
-            if code:
-                how = f"signal {-code}" if code < 0 else f"exit code {code}"
-                log.error("the process of rank %d has died (%s): the run ends; %s", rank, how, HINT)
+            if code is not None and code < 0:  # one that ends with an error has said so itself
+                how = signal.Signals(-code).name
+                log.error("rank %d was killed by %s: the run ends; %s", rank, how, HINT)
                 return
         if parent is not None and os.getppid() != parent:
-            log.error("the process of rank 0 has died: the run ends; %s", HINT)
+            log.error("rank 0 has died: the run ends; %s", HINT)
             os._exit(1)

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -29,8 +30,9 @@ class RunConfig(SaveConfigCallback):
         """Gives the config to W&B; the file is written already."""
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_hyperparams(self._plain() | {"git": code_version()})
+                logger.log_hyperparams(self._plain | {"git": code_version()})
 
+    @cached_property
     def _plain(self) -> dict[str, Any]:
         plain: dict[str, Any] = json.loads(self.parser.dump(self.config, "json", skip_none=False))
         return plain
@@ -39,7 +41,7 @@ class RunConfig(SaveConfigCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keeps the config."""
-        checkpoint[CONFIG] = self._plain()
+        checkpoint[CONFIG] = self._plain
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -47,7 +49,7 @@ class RunConfig(SaveConfigCallback):
         """Says where training goes on with other settings than those of the checkpoint."""
         if trainer.state.fn != "fit" or not trainer.is_global_zero or CONFIG not in checkpoint:
             return
-        old, new = dict(_flat(checkpoint[CONFIG])), dict(_flat(self._plain()))
+        old, new = dict(_flat(checkpoint[CONFIG])), dict(_flat(self._plain))
         differences = [
             f"{key}: {old.get(key)} before, now {new.get(key)}"
             for key in sorted(old.keys() | new.keys())

@@ -151,7 +151,9 @@ def measure_heads(
                 "saved_mib": _saved(ready, x, dtype) if train else None,
             }
             calls[name] = call
-        for name, times in alternate(calls, args.rounds, args.warmup).items():
+        measured = alternate(calls, args.rounds, args.warmup)
+        ceiling = max(ceiling, conv_ceiling(size, dtype, device))  # before and after
+        for name, times in measured.items():
             work = facts[name]["gmacs"] * batch * (3 if train else 1)
             share = work / (spread(times)["min"] / 1000) / ceiling
             rows.append(

@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ KEYS = {
     "growth": ("heap", "dtype", "kind", "size", "window"),
     "networks": ("heap", "dtype", "mode", "size", "network"),
 }
-PLAIN, PEER = "ISA, plain formulation", "ISA, mmsegmentation"
+PLAIN, PEER, DENSE = "ISA, plain formulation", "ISA, mmsegmentation", "dense attention"
+FORMS = {PLAIN: "direct", PEER: "reduced", DENSE: "direct"}
+"""The form in which a yardstick tells most of ISA itself, not of the conv before it."""
 
 
 def keep(path: Path, new: dict[str, Any]) -> dict[str, Any]:
@@ -67,16 +69,22 @@ def grouped(
     yield from groups.items()
 
 
-def ratio_table(rows: Sequence[Row]) -> str:
-    """Returns Markdown: how many times as fast as its yardsticks ISA is, by size."""
+def ratio_table(rows: Sequence[Row], forms: Mapping[str, str] | None = None) -> str:
+    """Returns Markdown: how many times as fast as its yardsticks ISA is, by size.
+
+    Args:
+        rows: Of heads.
+        forms: The one form that is shown for each yardstick; None: all.
+    """
     sizes = sorted({row["size"] for row in rows}, key=_edges)
     lines = [
         f"| ISA against | form | memory by | dtype | mode | {' | '.join(sizes)} "
         "| geometric mean | of what it keeps |",
         "|" + "---|" * (7 + len(sizes)),
     ]
-    for other in (PLAIN, PEER, "dense attention"):
-        for key, group in grouped(rows, ("form", "heap", "dtype", "mode")):
+    for other in (PLAIN, PEER, DENSE):
+        shown_rows = [row for row in rows if forms is None or row["form"] == forms[other]]
+        for key, group in grouped(shown_rows, ("form", "heap", "dtype", "mode")):
             cells = {(row["head"], row["size"]): row for row in group}
             pairs = {
                 size: (cells["ISA", size], cells[other, size])
@@ -138,7 +146,7 @@ def network_table(rows: Sequence[Row]) -> str:
 def exponents(rows: Sequence[Row]) -> str:
     """Returns a sentence: how time and memory of the attention grow with the positions N."""
     parts = []
-    for kind in ("ISA", "dense attention"):
+    for kind in ("ISA", DENSE):
         found = [row for row in rows if row["kind"] == kind][-2:]
         if len(found) == 2:
             small, large = found
@@ -157,7 +165,7 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     time_axis, memory_axis, window_axis = figure.subplots(1, 3)
     ticks = sorted({row["size"] for row in rows if row["kind"] != "window"})
-    for name in ("ISA", "dense attention"):
+    for name in ("ISA", DENSE):
         kind = [row for row in rows if row["kind"] == name]
         edges = [row["size"] for row in kind]
         time_axis.plot(edges, [row["median"] for row in kind], "o-", label=name)
@@ -182,18 +190,45 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _parts(record: dict[str, Any]) -> list[str]:
+def representative(rows: Sequence[Row]) -> list[Row]:
+    """Returns the heads in the direct form, with retained memory if it was so measured."""
+    rows = [row for row in rows if row["heap"] != "default"] or list(rows)
+    return [row for row in rows if row["form"] == "direct"]
+
+
+def draw_heads(rows: Sequence[Row], path: Path) -> None:
+    """Draws time and memory of each head on the largest map, in inference, as bars."""
+    rows = [row for row in representative(rows) if row["mode"] == "inference"]
+    rows = [row for row in rows if row["dtype"] == rows[-1]["dtype"]]
+    largest = max((row["size"] for row in rows), key=_edges)
+    rows = sorted((row for row in rows if row["size"] == largest), key=lambda row: -row["median"])
+    figure = Figure(figsize=(11, 0.8 + 0.28 * len(rows)), layout="constrained")
+    time_axis, memory_axis = figure.subplots(1, 2, sharey=True)
+    colours = ["C3" if row["head"] == "ISA" else "C0" for row in rows]
+    for axis, key, label in (
+        (time_axis, "median", "ms"),
+        (memory_axis, "peak_mib", "peak MiB beside the input"),
+    ):
+        bars = axis.barh([row["head"] for row in rows], [row[key] for row in rows], color=colours)
+        axis.bar_label(bars, fmt="%.0f", padding=3)
+        axis.margins(x=0.12)
+        axis.set_xlabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Inference, [1, 2048, {largest.replace('x', ', ')}], {rows[0]['dtype']}")
+    figure.savefig(path, dpi=110)
+
+
+def _parts(record: dict[str, Any], forms: Mapping[str, str] | None = None) -> list[str]:
     parts = [f"Measured on {record['machine']}, torch {record['torch']}."]
     if any(row["head"] != "ISA" for row in record["heads"]):
-        parts.append(ratio_table(record["heads"]))
+        parts.append(ratio_table(record["heads"], forms))
     return parts
 
 
 def short_markdown(record: dict[str, Any]) -> str:
     """Returns Markdown for the README: ratios, the direct form on the largest maps, networks."""
-    parts = _parts(record)
-    heads = [row for row in record["heads"] if row["heap"] != "default"] or record["heads"]
-    for _, group in grouped([r for r in heads if r["form"] == "direct"], ("mode",)):
+    parts = _parts(record, FORMS)
+    for _, group in grouped(representative(record["heads"]), ("mode",)):
         largest = max((row["size"] for row in group), key=_edges)
         parts.append(head_tables([row for row in group if row["size"] == largest]))
     if record["growth"]:
@@ -213,6 +248,8 @@ def write(output: Path, record: dict[str, Any]) -> None:
                 writer.writeheader()
                 writer.writerows(rows)
     parts = [*_parts(record), head_tables(record["heads"])]
+    if representative(record["heads"]):
+        draw_heads(record["heads"], output / "heads.png")
     if record["growth"]:
         draw_growth(record["growth"], output / "growth.png")
         parts.append(exponents(record["growth"]))

@@ -111,7 +111,7 @@ def saved_mib(run: Callable[[Tensor], object], x: Tensor, module: nn.Module) -> 
     return sum(sizes.values()) / 2**20
 
 
-def conv_ceiling(size: tuple[int, int], dtype: torch.dtype, device: str, rounds: int = 5) -> float:
+def conv_ceiling(size: tuple[int, int], dtype: torch.dtype, device: str, rounds: int = 20) -> float:
     """Returns the best GMAC/s of a conv1x1 of the head's width, 2048 to 512, channels_last."""
     x = torch.randn(1, 2048, *size, device=device, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last)
