@@ -20,6 +20,7 @@ from isanet_pl.checkpoint_io import AtomicCheckpointIO
 from isanet_pl.checkpoints import check_file, config_of, is_onnx
 from isanet_pl.dashboards import ClassScores, PredictionPanels
 from isanet_pl.data import SegmentationDataModule
+from isanet_pl.data.files import IGNORE
 from isanet_pl.errors import InputError, find_input_error
 from isanet_pl.explain import explain, less_memory, out_of_memory
 from isanet_pl.export import OnnxNetwork, SegmentationTrainer
@@ -192,6 +193,12 @@ class SegmentationCLI(LightningCLI):
         except (ValueError, FileNotFoundError) as error:
             # An argument that a class refuses. jsonargparse wraps it into its own message.
             raise find_input_error(error) or InputError(str(error)) from error
+        ignored = config.model.loss.ignore_index
+        if ignored != IGNORE:
+            raise InputError(
+                f"model.loss.ignore_index is {ignored}, but pixels without a label come from the "
+                f"data as {IGNORE}, whatever their code in the files"
+            )
         # The run's config.yaml, written later, keeps what the user asked for.
         network.weights_path, network.pretrained = wanted
         config.ckpt_path = given

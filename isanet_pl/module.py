@@ -1,4 +1,4 @@
-"""The LightningModule: steps of training and evaluation, metrics, optimiser groups, poly schedule."""
+"""The LightningModule: what a step does, metrics, optimiser groups, poly schedule."""
 
 import dataclasses
 import json
@@ -16,8 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from isanet_pl.data import SegmentationDataModule
-from isanet_pl.data.files import IGNORE
 from isanet_pl.errors import InputError
 from isanet_pl.finite import all_finite, first_not_finite
 from isanet_pl.inference import Inference
@@ -156,17 +154,7 @@ class SegmentationModule(pl.LightningModule):
         return self.global_step or self.loaded_step
 
     def setup(self, stage: str) -> None:
-        """Compiles the network for training, in place: the names of its weights stay.
-
-        Raises:
-            InputError: The loss ignores another label than the data does.
-        """
-        ignored = self.loss.ignore_index
-        if isinstance(self.trainer.datamodule, SegmentationDataModule) and ignored != IGNORE:  # type: ignore[attr-defined]
-            raise InputError(
-                f"model.loss.ignore_index is {ignored}, but pixels without a label come from the "
-                f"data as {IGNORE}, whatever their code in the files: leave it at that"
-            )
+        """Compiles the network for training, in place: the names of its weights stay."""
         if self.compile_network and stage == "fit":
             self.network.compile()
 

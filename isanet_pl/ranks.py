@@ -5,13 +5,16 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 log = logging.getLogger(__name__)
 
+GRACE_SECONDS = 5
+"""How long a process may take to end by itself once the first one has."""
 HINT = "fit goes on from the last checkpoint with --resume true, also on another number of devices"
 
 
@@ -23,7 +26,8 @@ class RankWatch(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self._ended = threading.Event()
+        # No Event: an average of the weights starts as a copy of the module, trainer and all.
+        self._ended = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Starts to watch."""
@@ -33,24 +37,23 @@ class RankWatch(pl.Callback):
             return
         children = getattr(strategy.launcher, "procs", [])
         parent = os.getppid() if trainer.local_rank > 0 else None
-        self._ended.clear()
-        threading.Thread(
-            target=watch, args=(children, parent, self._ended), name="rank-watch", daemon=True
-        ).start()
+        self._ended = False
+        arguments = children, parent, lambda: self._ended
+        threading.Thread(target=watch, args=arguments, name="rank-watch", daemon=True).start()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stops watching: the processes may end one after the other."""
-        self._ended.set()
+        self._ended = True
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Stops watching in a process that ends by itself; the others go on."""
-        self._ended.set()
+        self._ended = True
 
 
 def watch(
-    children: Sequence[subprocess.Popen[bytes]], parent: int | None, ended: threading.Event
+    children: Sequence[subprocess.Popen[bytes]], parent: int | None, ended: Callable[[], bool]
 ) -> None:
     """Returns when the run has ended, or once it has said that one of its processes has died.
 
@@ -58,9 +61,10 @@ def watch(
         children: Those that this process has started, ranks 1, 2, ...: Lightning ends this one
             within seconds of their death.
         parent: The process that has started this one, without which it ends; None: not watched.
-        ended: Set at the end of the run.
+        ended: Returns whether the run has ended.
     """
-    while not ended.wait(1):
+    while not ended():
+        time.sleep(1)
         for rank, child in enumerate(children, 1):
             code = child.poll()
             if code is not None and code < 0:  # one that ends with an error has said so itself
@@ -68,5 +72,8 @@ def watch(
                 log.error("rank %d was killed by %s: the run ends; %s", rank, how, HINT)
                 return
         if parent is not None and os.getppid() != parent:
+            time.sleep(GRACE_SECONDS)
+            if ended():
+                return  # both have failed, and this one can say why
             log.error("rank 0 has died: the run ends; %s", HINT)
             os._exit(1)

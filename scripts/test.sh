@@ -11,4 +11,4 @@ install_into_venv ".[dev]"
 .venv/bin/mypy
 # One process a core, one thread each: threads of several test processes would only get in each
 # other's way.
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto "$@"
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist worksteal "$@"

@@ -245,7 +245,7 @@ def is_locked(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
 def test_a_stopped_grid_goes_on_where_it_was(tmp_path, number):
-    write_base(tmp_path, max_steps=60, val_check_interval=4, log_every_n_steps=1)
+    write_base(tmp_path, max_steps=40, val_check_interval=4, log_every_n_steps=1)
     cell = tmp_path / "runs" / "ablation_tiny" / "base" / "seed0"
     log, run = cell.with_suffix(".log"), cell / "version_0"
     last = run / "checkpoints" / "last.ckpt"
@@ -265,15 +265,15 @@ def test_a_stopped_grid_goes_on_where_it_was(tmp_path, number):
     assert not is_locked(log)  # nothing of it lives on
     assert not (run / "results.json").exists()
     stopped_at = torch.load(last, weights_only=True)["global_step"]
-    assert 0 < stopped_at < 60
+    assert 0 < stopped_at < 40
 
     code, out = ablate(tmp_path, "--seeds", 0)
     assert code == 0, out
     assert f"base/seed0: resumes from {last.relative_to(tmp_path)}" in out
     assert [path.name for path in cell.iterdir()] == ["version_0"]
-    assert result(tmp_path, "base/seed0")["step"] == 60
+    assert result(tmp_path, "base/seed0")["step"] == 40
     second = log.read_text().rpartition("Restored all states")[2]
-    steps = [int(step) for step in re.findall(r"^step (\d+)/60 ", second, re.M)]
+    steps = [int(step) for step in re.findall(r"^step (\d+)/40 ", second, re.M)]
     assert steps == list(range(10 * (stopped_at // 10 + 1), 61, 10))
 
 

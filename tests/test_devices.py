@@ -7,17 +7,18 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_folder
+from conftest import fails_naming, make_folder
 from PIL import Image
 from test_predictions import write_checkpoint
 
 from isanet_pl.checkpoint_io import read_checkpoint
+from isanet_pl.data import SegmentationFolder
 from isanet_pl.ranks import watch
 
 NAMES = "[sky, road, car]"
@@ -172,7 +173,7 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_with_another_number(
 def test_the_death_of_a_started_process_is_said(caplog):
     children = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
     children[1].kill()
-    watch(children, None, threading.Event())
+    watch(children, None, lambda: False)
     children[0].kill()
     assert "rank 2 was killed by SIGKILL: the run ends; fit goes on" in caplog.text
 
@@ -180,11 +181,12 @@ def test_the_death_of_a_started_process_is_said(caplog):
 def test_a_process_ends_without_the_one_that_started_it(tmp_path):
     # As on a GPU, where no collective operation notices.
     watched = """
-import os, threading
+import os
 parent = os.getppid()
+from isanet_pl.data import SegmentationFolder
 from isanet_pl.ranks import watch
 print(os.getpid(), flush=True)
-watch([], parent, threading.Event())
+watch([], parent, lambda: False)
 """
     starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {watched!r}])"
     with (tmp_path / "said").open("w") as said:
@@ -202,13 +204,14 @@ watch([], parent, threading.Event())
     assert "rank 0 has died: the run ends; fit goes on" in (tmp_path / "said").read_text()
 
 
-def test_a_split_smaller_than_the_devices_is_refused(folder, tmp_path):
-    make_folder(tmp_path / "data", count=1)
-    options = ("--config", folder / "tiny.yaml", "--data.root", tmp_path / "data")
-    done = run("fit", *options, "--data.batch_size", 1, cwd=tmp_path)
-    assert done.returncode != 0
-    assert "split has 1 images, fewer than" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("stage", ["fit", "validate", "predict"])
+def test_fewer_images_than_devices_are_refused(stage, tmp_path):
+    root = make_folder(tmp_path, count=1)
+    options = {"class_names": ["sky", "road", "car"], "predict_dir": str(root / "test" / "images")}
+    data = SegmentationFolder(root=str(root), batch_size=1, **options)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=2)
+    with fails_naming("1 images, fewer than", "--trainer.devices 1"):
+        data.setup(stage)
 
 
 def test_validate_and_predict(tmp_path):
@@ -222,16 +225,14 @@ def test_validate_and_predict(tmp_path):
 
     photos = tmp_path / "data" / "test" / "images"
     (photos / "broken.png").write_text("no image")
-    for output in (("--output", tmp_path / "out"), ()):
-        options = ("--data.predict_dir", photos, *output)
-        done = run("predict", "--ckpt_path", checkpoint, *options, cwd=tmp_path)
-        assert done.returncode != 0
-        assert "1 images could not be segmented" in done.stderr
-        assert "Traceback" not in done.stderr
-        assert "5 images done" in done.stdout
-        runs = tmp_path / "runs" / "a"
-        folder = tmp_path / "out" if output else next(runs.glob("*/predictions"))
-        masks = sorted(path.name for path in (folder / "masks").iterdir())
-        assert masks == [f"scene{i}.png" for i in range(5)]
-        with Image.open(folder / "masks" / "scene4.png") as mask:
-            assert mask.size == (48, 32)
+    options = ("--data.predict_dir", photos)
+    done = run("predict", "--ckpt_path", checkpoint, *options, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "1 images could not be segmented" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "5 images done" in done.stdout
+    folder = next((tmp_path / "runs" / "a").glob("*/predictions"))
+    masks = sorted(path.name for path in (folder / "masks").iterdir())
+    assert masks == [f"scene{i}.png" for i in range(5)]
+    with Image.open(folder / "masks" / "scene4.png") as mask:
+        assert mask.size == (48, 32)

@@ -95,7 +95,14 @@ def test_benchmark_efficiency_writes_everything(tmp_path):
         done = script("benchmark_efficiency.py", *small, *only, *more, *files, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     folder = tmp_path / "new" / "efficiency"
-    names = ["efficiency.json", "efficiency.md", "growth.csv", "growth.png", "heads.csv"]
+    names = [
+        "efficiency.json",
+        "efficiency.md",
+        "growth.csv",
+        "growth.png",
+        "heads.csv",
+        "heads.png",
+    ]
     assert sorted(path.name for path in folder.iterdir()) == names
     rows = json.loads((folder / "efficiency.json").read_text())["heads"]
     assert [(row["dtype"], row["mode"], row["head"]) for row in rows] == [

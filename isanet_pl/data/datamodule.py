@@ -217,15 +217,16 @@ class SegmentationDataModule(pl.LightningDataModule):
                     "every image of %s has its mask in %s", self.predict_dir, self.predict_output
                 )
             self._datasets["predict"] = images
+            self._check_shares("predict")
 
-    def _check_shares(self, split: Split) -> None:
-        """Makes sure that each process gets an image of a split, so that none waits for it."""
-        dataset, num_ranks = self._datasets[split], self._ranks[1]
+    def _check_shares(self, name: str) -> None:
+        """Makes sure that each process gets an image, or none does, so that nobody waits for it."""
+        dataset, num_ranks = self._datasets[name], self._ranks[1]
         assert isinstance(dataset, Sized)
-        if len(dataset) < num_ranks:
+        if 0 < len(dataset) < num_ranks:
             raise InputError(
-                f"the {split} split has {len(dataset)} images, fewer than the {num_ranks} devices: "
-                f"set --trainer.devices {len(dataset)} or less"
+                f"{name} has {len(dataset)} images, fewer than the {num_ranks} devices: set "
+                f"--trainer.devices {len(dataset)} or less"
             )
 
     def _is_predicted(self, name: str) -> bool:
@@ -297,7 +298,7 @@ class SegmentationDataModule(pl.LightningDataModule):
             if num_ranks > 1
             else None
         )
-        return DataLoader(dataset, batch_size, sampler=sampler, **self._loading())
+        return DataLoader(dataset, batch_size=batch_size, sampler=sampler, **self._loading())
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Returns the batch with the colours of training images distorted, on its device.
