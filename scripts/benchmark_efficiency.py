@@ -65,6 +65,7 @@ def heads(form: str) -> dict[str, nn.Module]:
         "dense attention, SDPA": DenseAttention(channels, WIDTHS[0], WIDTHS[2], sdpa=True),
         "long range alone": ISAModule(channels, *WIDTHS, order="long"),
         "short range alone": ISAModule(channels, *WIDTHS, order="short"),
+        "short range, then long": ISAModule(channels, *WIDTHS, order="short_long"),
         "RCCA": RecurrentCrissCross(channels, 512),
         "PPM": PyramidPooling(channels, 512),
         "ASPP": AtrousPyramid(channels, 512),
