@@ -39,7 +39,7 @@ def explain(error: Exception) -> InputError | None:
         isinstance(error, RuntimeError) and "gloo" in str(error)
     ):
         return InputError(
-            f"the connection to another process of this run is lost, most likely because it has "
+            "the connection to another process of this run is lost, most likely because it has "
             f"died: see what it said, if it could. {HINT}\n  ({str(error).strip()})"
         )
     if type(error).__module__.startswith("wandb."):

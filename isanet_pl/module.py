@@ -143,9 +143,10 @@ class SegmentationModule(pl.LightningModule):
     def train(self, mode: bool = True) -> Self:
         """Returns itself, in training or evaluation mode."""
         super().train(mode)
-        for module in self.modules():
-            if self.freeze_bn and isinstance(module, _BatchNorm):
-                module.eval()
+        if self.freeze_bn:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         return self
 
     @property

@@ -187,12 +187,12 @@ class SegmentationDataModule(pl.LightningDataModule):
             "validate": ("val",),
             "test": ("test",),
         }
-        for split in splits.get(stage, ()):
+        needed = splits.get(stage, ())
+        for split in needed:
             if split not in self._datasets:
                 self._datasets[split] = self.build_dataset(split)
-        self._check_space([self._datasets[split] for split in splits.get(stage, ())])
-        for split in splits.get(stage, ()):
             self._check_shares(split)
+        self._check_space([self._datasets[split] for split in needed])
         if stage == "fit":
             train = self._datasets["train"]
             assert isinstance(train, Sized)
