@@ -126,7 +126,6 @@ class LastCheckpoint(Checkpoint):
         self.asked_to_stop = False  # this process
         self.stopping = False  # all processes
         self._random: dict[str, Any] | None = None
-        self._previous_handler: Any = None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the random numbers that go on after this checkpoint."""
@@ -187,8 +186,8 @@ class LastCheckpoint(Checkpoint):
             raise SIGTERMException(TERMINATED)
         if threading.current_thread() is threading.main_thread():  # others may set no handler
             # In the place of Lightning's, which talks to the other processes at once, whatever they
-            # are doing, and ends without saving.
-            self._previous_handler = signal.signal(signal.SIGTERM, self._ask_to_stop)
+            # are doing, and ends without saving. Lightning puts back what was there before its own.
+            signal.signal(signal.SIGTERM, self._ask_to_stop)
 
     @staticmethod
     @rank_zero_only
@@ -256,12 +255,6 @@ class LastCheckpoint(Checkpoint):
                 self.saved_step,
                 self._folder(trainer) / LAST,
             )
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Gives the signal back."""
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGTERM, self._previous_handler)
-            self._previous_handler = None
 
 
 def _optimizer(arguments: Mapping[str, Any]) -> str | None:

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -243,6 +245,27 @@ def die(pairs):
 def test_a_killed_process_is_an_error_and_no_hang(pairs):
     with pytest.raises(InputError, match="killed"):
         scan({"train": pairs * 4}, die, 2)
+
+
+def die_or_wait(pairs):
+    import os
+
+    if pairs[0][0].name == "dies":
+        os._exit(9)
+    time.sleep(60)
+
+
+def test_a_killed_process_ends_the_others(tmp_path):
+    # Also where the program itself listens for SIGTERM, as one that trains does.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        pairs = [(tmp_path / name, tmp_path) for name in ["waits"] * 4 + ["dies"]]
+        since = time.monotonic()
+        with pytest.raises(InputError, match="killed"):
+            scan({"train": pairs}, die_or_wait, 2)
+        assert time.monotonic() - since < 30
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_json_round_trip(data_root):

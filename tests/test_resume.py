@@ -440,6 +440,12 @@ def test_sigterm_saves_and_ends(tmp_path, monkeypatch, caplog):
     assert "SIGTERM: stopped after step 2" in caplog.text
 
 
+def test_a_run_that_has_ended_listens_no_more(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    fit(tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 # The average of the weights
 
 

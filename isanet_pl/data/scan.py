@@ -69,4 +69,6 @@ def _process_map(workers: int) -> Iterator[Mapper]:
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to handle
+    # Whatever the main process does with it: the pool ends its processes by it, and waits for them.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
