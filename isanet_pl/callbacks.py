@@ -10,15 +10,17 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from isanet_pl.errors import InputError
+from isanet_pl.models import count_gmacs
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
@@ -150,6 +152,7 @@ class ResultTable(pl.Callback):
         self.start = time.monotonic()
         self.code: str | None = None
         self.scores: dict[str, float] = {}  # of the last validation of a fit
+        self.image_size: list[int] | None = None  # of the first image that was scored
         self.earlier = 0.0  # seconds, up to the checkpoint that it goes on from
 
     @property
@@ -159,11 +162,12 @@ class ResultTable(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a run that goes on cannot find out again."""
-        return {"scores": self.scores, "seconds": self.seconds}
+        return {"scores": self.scores, "image_size": self.image_size, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""
         self.scores = state_dict["scores"]
+        self.image_size = state_dict.get("image_size")
         self.earlier = state_dict["seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -177,6 +181,19 @@ class ResultTable(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Notes the code that runs; it may be changed before the run ends."""
         self.code = code_version()
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Notes for which size of image the cost is given."""
+        self.image_size = self.image_size or list(batch["image"].shape[-2:])
+
+    on_test_batch_start = on_validation_batch_start
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports the last validation."""
@@ -224,11 +241,19 @@ class ResultTable(pl.Callback):
             "torch": torch.__version__,
             "git": self.code,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
+            "gmacs": self._gmacs(pl_module),
+            "image_size": self.image_size,
             "scores": {k: None if math.isnan(v) else round(v, 6) for k, v in scores.items()},
         }
         path = folder / "results.json"
         path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         print(f"written to {path.parent}")
+
+    def _gmacs(self, pl_module: pl.LightningModule) -> float | None:
+        if self.image_size is None:
+            return None  # of an older checkpoint, with nothing left to train
+        height, width = self.image_size
+        return round(count_gmacs(cast(nn.Module, pl_module.network), height, width), 3)
 
 
 def _scores(trainer: pl.Trainer, stage: str) -> dict[str, float]:

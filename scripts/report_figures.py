@@ -214,11 +214,12 @@ def _plot(axes: Axes, curve: Curve, **look: Any) -> None:
 
 
 def draw_cost(comparison: Comparison) -> Figure:
-    """Returns mIoU against the costs that are known: parameters, and time of training."""
+    """Returns mIoU against the costs that are known: parameters, arithmetic, time of training."""
     settings = comparison.settings
     speeds = [setting.images_per_s for setting in settings]
     costs = {
         "million parameters": [s.parameters and s.parameters / 1e6 for s in settings],
+        "GMACs an image": [s.gmacs for s in settings],
         "training, ms an image": [speed and 1000 / speed for speed in speeds],
     }
     known = {name: values for name, values in costs.items() if any(values)}

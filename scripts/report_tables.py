@@ -41,6 +41,7 @@ def summary_table(comparison: Comparison, base: Setting) -> Table:
                 "mAcc": spread(setting.score("macc")),
                 "aAcc": spread(setting.score("aacc")),
                 "M params": number((setting.parameters or 0) / 1e6 or None),
+                "GMACs": number(setting.gmacs),
                 "time": _mean_time(setting),
                 "images/s": number(setting.images_per_s, ".1f"),
                 "differs in": Cell(

@@ -31,6 +31,7 @@ class Result:
     torch: str | None = None
     git: str | None = None
     parameters: int | None = None
+    gmacs: float | None = None
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,12 @@ class Setting:
         """Returns the number of parameters."""
         return next((r.result.parameters for r in self.runs.values() if r.result), None)
 
+    @property
+    def gmacs(self) -> float | None:
+        """Returns the billions of multiply-adds for an image."""
+        known = (run.result.gmacs for run in self.runs.values() if run.result)
+        return next((gmacs for gmacs in known if gmacs), None)
+
     def curves(self, name: str) -> list[Curve]:
         """Returns what the runs logged under a name."""
         return [run.curves[name] for run in self.runs.values() if name in run.curves]

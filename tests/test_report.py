@@ -46,6 +46,7 @@ def write_run(folder, miou=None, seed=0, steps=(10, 20), command="fit", config=N
     Image.new("RGB", (8, 4), "red").save(folder / "panels" / f"{stage}_step=000020.png")
     record = {"command": f"isanet-pl {command}", "stage": stage, "step": 20, "seconds": 90}
     record |= {"machine": "a machine", "torch": "2.8", "git": "abc", "parameters": 2_500_000}
+    record |= {"gmacs": 4.25, "image_size": [4, 8]}
     classes = {f"iou/{name}": value for name, value in (scores or CLASSES).items()}
     record["scores"] = {"miou": miou, "macc": 0.5, "aacc": 0.75, **classes}
     (folder / "results.json").write_text(json.dumps(record))
@@ -132,6 +133,7 @@ def test_the_tables_hold_the_numbers_of_the_runs(grid, tmp_path):
         "mAcc": "50.00 ± 0.00",
         "aAcc": "75.00 ± 0.00",
         "M params": "2.50",
+        "GMACs": "4.25",
         "time": "2 min",
         "images/s": "15.0",
     }
