@@ -28,6 +28,7 @@ def summary_table(comparison: Comparison, base: Setting) -> Table:
         base: The one that the others are compared with.
     """
     best, several = comparison.settings[0], len(comparison.settings) > 1
+    score = f"{comparison.split} mIoU"
     rows = []
     for setting in comparison.settings:
         tops = [max(curve.values()) for curve in setting.curves("val/miou")]
@@ -35,7 +36,7 @@ def summary_table(comparison: Comparison, base: Setting) -> Table:
             {
                 "setting": Cell(setting.label),
                 "n": number(len(setting.runs), "d"),
-                f"{comparison.split} mIoU": spread(setting.miou, several and setting is best),
+                score: spread(setting.miou, several and setting is best),
                 "difference": _difference(setting, base) if several else Cell("-"),
                 "best val mIoU": spread(statistic(tops if comparison.command == "fit" else [])),
                 "mAcc": spread(setting.score("macc")),
@@ -49,6 +50,9 @@ def summary_table(comparison: Comparison, base: Setting) -> Table:
                 ),
             }
         )
+    if all(row["best val mIoU"].text == row[score].text for row in rows):
+        for row in rows:
+            del row["best val mIoU"]
     known = [name for name in rows[0] if any(row[name].text not in ("-", "") for row in rows)]
     return Table(known, [[row[name] for name in known] for row in rows])
 

@@ -1,84 +1,164 @@
-"""Keeps the results of runs in docs/results and writes the README's tables from them.
+"""Keeps what runs reached in docs/results, and writes the README's tables from there.
 
-python scripts/results.py --add camvid_r18_test=runs/camvid_isanet_r18-d8/version_1
+python scripts/results.py --add quickstart runs/ablation_quickstart
 python scripts/results.py          only rewrites the tables
 """
 
 import argparse
-import shutil
+import json
+import os
+import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from readme import write_block
-from report_page import Cell, Table, code_as_markdown, table_as_markdown
-from report_tables import number, spread
-from run_folders import Result, read_result
-from settings import statistic
+from report_figures import draw_scores, picture
+from report_page import code_as_markdown, escape_markdown, table_as_markdown
+from report_tables import class_table, run_table, summary_table
+from resumed_runs import join_resumed
+from run_folders import Result, Run, read_runs
+from settings import Comparison, Setting, compare
+
+from isanet_pl.errors import InputError
 
 
-def add(name: str, run: Path, store: Path) -> None:
-    """Copies the result, and the last picture, of a run folder.
+def add(name: str, paths: Sequence[Path], store: Path) -> None:
+    """Keeps the comparisons of some runs, pictures of their scores, and one of predictions.
 
     Raises:
-        SystemExit: The folder holds no result.
+        InputError: No run is finished.
     """
-    source = run / "results.json"
-    if not source.is_file():
-        sys.exit(f"{run} holds no results.json: fit, validate and test write it when they end")
+    problems: list[str] = []
+    comparisons = compare(join_resumed(read_runs(paths, problems)), problems)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not comparisons:
+        raise InputError(f"no run is finished in {', '.join(map(str, paths))}")
     store.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, store / f"{name}.json")
-    panels = sorted((run / "panels").glob("*.png"))
-    if panels:
-        shutil.copyfile(panels[-1], store / f"{name}.png")
+    for old in [store / f"{name}.json", *store.glob(f"{name}.*.png")]:
+        old.unlink(missing_ok=True)
+    text = json.dumps([as_record(comparison) for comparison in comparisons], indent=1)
+    (store / f"{name}.json").write_text(text + "\n", "utf-8")
+    for comparison in comparisons:
+        if len(comparison.settings) > 1:
+            scores = picture("scores", "", lambda c=comparison: draw_scores(c))
+            file = f"{name}.{comparison.command}_{comparison.split}.png"
+            (store / file).write_bytes(scores.png)
+    panel = next(iter(comparisons[-1].settings[0].runs.values())).panel()
+    if panel:
+        (store / f"{name}.panel.png").write_bytes(panel.read_bytes())
 
 
-def tables(results: dict[str, Result]) -> str:
-    """Returns Markdown: a row for each run, then the per-class IoU of each data set."""
-    rows = [
-        [
-            Cell(name),
-            Cell(result.stage),
-            number(result.step, "d"),
-            *(spread(statistic([result.scores[key]])) for key in ("miou", "macc", "aacc")),
-            Cell(result.machine or "-"),
-        ]
-        for name, result in results.items()
+def as_record(comparison: Comparison) -> dict[str, Any]:
+    """Returns what JSON keeps of a comparison."""
+    settings = [
+        {
+            "label": setting.label,
+            "difference": setting.difference,
+            "runs": {seed: _run_record(run) for seed, run in setting.runs.items()},
+        }
+        for setting in comparison.settings
     ]
-    head = ("run", "split", "step", "mIoU", "mAcc", "aAcc", "machine")
-    parts = [table_as_markdown(Table(head, rows))]
-    by_classes: dict[tuple[str, ...], dict[str, Result]] = {}
-    for name, result in results.items():
-        classes = tuple(key for key in result.scores if key.startswith("iou/"))
-        by_classes.setdefault(classes, {})[name] = result
-    for classes, runs in by_classes.items():
-        rows = [
-            [
-                Cell(key.removeprefix("iou/")),
-                *(spread(statistic([result.scores[key]])) for result in runs.values()),
-            ]
-            for key in classes
-        ]
-        parts.append(table_as_markdown(Table(["IoU", *runs], rows)))
-    commands = [result.command for result in results.values()]
-    return "\n\n".join([*parts, "Commands:", code_as_markdown(commands)])
+    names = ("title", "command", "split", "classes")
+    return {**{name: getattr(comparison, name) for name in names}, "settings": settings}
 
 
-def main() -> None:
-    """Adds results and rewrites the README's block."""
+def _run_record(run: Run) -> dict[str, Any]:
+    speeds = run.curves.get("images_per_s")
+    return {
+        "folders": [str(folder) for folder in run.folders],
+        "result": asdict(run.result) if run.result else None,
+        "images_per_s": statistics.median(speeds.values()) if speeds else None,
+        "val/miou": run.curves.get("val/miou"),
+        "seconds": run.seconds,
+        "all_seconds": run.all_seconds,
+    }
+
+
+def from_record(record: dict[str, Any]) -> Comparison:
+    """Returns the comparison that JSON has kept."""
+    settings = [
+        Setting(
+            setting["label"],
+            setting["difference"],
+            {seed: _run(run, record["command"]) for seed, run in setting["runs"].items()},
+        )
+        for setting in record["settings"]
+    ]
+    return Comparison(
+        **{**record, "classes": tuple(record["classes"]), "settings": tuple(settings)}
+    )
+
+
+def _run(record: dict[str, Any], command: str) -> Run:
+    curves = {}
+    if record["val/miou"]:
+        curves["val/miou"] = {int(step): value for step, value in record["val/miou"].items()}
+    if record["images_per_s"]:
+        curves["images_per_s"] = {0: record["images_per_s"]}
+    result = Result(**record["result"])
+    folders = tuple(map(Path, record["folders"]))
+    times = record["seconds"], record["all_seconds"]
+    return Run(folders, command, {}, result, curves, *times)
+
+
+def block(name: str, comparisons: Sequence[Comparison], store: str) -> str:
+    """Returns Markdown: tables and pictures, then the single runs and commands, folded.
+
+    Args:
+        name: Of the stored results.
+        comparisons: What was stored.
+        store: Its folder, as the README says it.
+    """
+    parts = []
+    for comparison in comparisons:
+        table = summary_table(comparison, comparison.settings[0])
+        parts += [f"**{escape_markdown(comparison.title)}**", table_as_markdown(table)]
+        if len(comparison.settings) > 1:
+            file = f"{store}/{name}.{comparison.command}_{comparison.split}.png"
+            parts.append(f"![{escape_markdown(comparison.title)}, all settings]({file})")
+    parts.append(table_as_markdown(class_table(comparisons[-1])))
+    runs = [r for c in comparisons for s in c.settings for r in s.runs.values() if r.result]
+    parts += [
+        "<details><summary>Each run, with seed, time, machine and command</summary>",
+        table_as_markdown(run_table(comparisons)),
+        code_as_markdown([run.result.command for run in runs if run.result]),
+        "</details>",
+    ]
+    return "\n\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Keeps results and rewrites the README's blocks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--add", nargs="*", default=[], metavar="NAME=RUN", help="run folders")
-    parser.add_argument("--store", type=Path, default=Path("docs/results"))
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
-    args = parser.parse_args()
-    for pair in args.add:
-        name, _, run = pair.partition("=")
-        if not run:
-            parser.error(f"--add takes NAME=RUN_FOLDER, got {pair}")
-        add(name, Path(run), args.store)
-    results = {path.stem: read_result(path) for path in sorted(args.store.glob("*.json"))}
-    write_block(args.readme, "results", tables(results))
-    print(f"{args.readme}: {len(results)} results")
+    parser.add_argument(
+        "--add", nargs="+", metavar=("NAME", "RUNS"),
+        help="a name, then run folders or folders above them; replaces what has that name",
+    )  # fmt: skip
+    parser.add_argument(
+        "--store", type=Path, default=Path("docs/results"), help="where they are kept"
+    )
+    parser.add_argument(
+        "--readme", type=Path, default=Path("README.md"), help="file with a block for each name"
+    )
+    args = parser.parse_args(arguments)
+    if args.add and len(args.add) < 2:
+        parser.error(f"--add takes a name and run folders, got {args.add[0]} alone")
+    try:
+        if args.add:
+            add(args.add[0], list(map(Path, args.add[1:])), args.store)
+    except InputError as error:
+        parser.error(str(error))
+    where = Path(os.path.relpath(args.store, args.readme.parent)).as_posix()
+    for path in sorted(args.store.glob("*.json")):
+        comparisons = [from_record(record) for record in json.loads(path.read_text("utf-8"))]
+        write_block(args.readme, f"{path.stem} results", block(path.stem, comparisons, where))
+        print(f"{args.readme}: {path.stem}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

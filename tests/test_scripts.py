@@ -25,48 +25,6 @@ def test_draw_stages_writes_a_picture(tmp_path):
         assert picture.width > 500
 
 
-@pytest.fixture
-def workplace(tmp_path):
-    """A README with the markers, and a run folder with a result."""
-    marks = "<!-- results: written by a script -->", "<!-- end of results -->"
-    (tmp_path / "README.md").write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
-    run = tmp_path / "run"
-    (run / "panels").mkdir(parents=True)
-    Image.new("RGB", (4, 4)).save(run / "panels" / "test_step=000009.png")
-    scores = {"miou": 0.5, "macc": 0.61234, "aacc": 0.7, "iou/car": 0.5, "iou/bus": None}
-    record = {"stage": "test", "step": 9, "machine": "m", "command": "isanet-pl test"}
-    (run / "results.json").write_text(json.dumps({**record, "scores": scores}))
-    return tmp_path
-
-
-def test_results_writes_the_tables_between_the_markers(workplace):
-    done = script("results.py", "--add", "mine=run", cwd=workplace)
-    assert done.returncode == 0, done.stderr
-    text = (workplace / "README.md").read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "old" not in text
-    assert "| mine | test | 9 | 50.00 | 61.23 | 70.00 | m |" in text
-    assert "| bus | - |" in text  # absent
-    assert (workplace / "docs" / "results" / "mine.png").is_file()
-    script("results.py", cwd=workplace)
-    assert (workplace / "README.md").read_text() == text  # a second time changes nothing
-
-
-def test_results_refuses_what_is_no_finished_run(workplace):
-    done = script("results.py", "--add", "mine=nowhere", cwd=workplace)
-    assert done.returncode == 1
-    assert "nowhere holds no results.json" in done.stderr
-    assert script("results.py", "--add", "mine", cwd=workplace).returncode == 2
-
-
-def test_results_refuses_a_readme_without_markers(workplace):
-    (workplace / "README.md").write_text("nothing")
-    done = script("results.py", cwd=workplace)
-    assert done.returncode == 1
-    assert "lacks the lines" in done.stderr
-
-
 def test_benchmark_data_writes_its_table(tmp_path, small_camvid):
     marks = "<!-- data benchmark: written by a script -->", "<!-- end of data benchmark -->"
     (tmp_path / "README.md").write_text("\n".join(["before", *marks, "after"]))
