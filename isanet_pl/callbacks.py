@@ -10,17 +10,16 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from isanet_pl.errors import InputError
-from isanet_pl.models import count_gmacs
+from isanet_pl.models import ISANet, count_gmacs
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
@@ -152,7 +151,7 @@ class ResultTable(pl.Callback):
         self.start = time.monotonic()
         self.code: str | None = None
         self.scores: dict[str, float] = {}  # of the last validation of a fit
-        self.image_size: list[int] | None = None  # of the first image that was scored
+        self.image_size: tuple[int, int] | None = None  # of the first image that was scored
         self.earlier = 0.0  # seconds, up to the checkpoint that it goes on from
 
     @property
@@ -191,7 +190,7 @@ class ResultTable(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Notes for which size of image the cost is given."""
-        self.image_size = self.image_size or list(batch["image"].shape[-2:])
+        self.image_size = self.image_size or tuple(batch["image"].shape[-2:])
 
     on_test_batch_start = on_validation_batch_start
 
@@ -250,10 +249,11 @@ class ResultTable(pl.Callback):
         print(f"written to {path.parent}")
 
     def _gmacs(self, pl_module: pl.LightningModule) -> float | None:
-        if self.image_size is None:
-            return None  # of an older checkpoint, with nothing left to train
-        height, width = self.image_size
-        return round(count_gmacs(cast(nn.Module, pl_module.network), height, width), 3)
+        # An ONNX file cannot be asked; the size is unknown to a run of an older version that had
+        # nothing left to do.
+        if not isinstance(pl_module.network, ISANet) or self.image_size is None:
+            return None
+        return round(count_gmacs(pl_module.network, *self.image_size), 3)
 
 
 def _scores(trainer: pl.Trainer, stage: str) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Small data sets on disk, the same ones on every run."""
 
+import gc
 import os
 import re
 from pathlib import Path
@@ -9,6 +10,21 @@ import pytest
 from PIL import Image
 
 from isanet_pl.errors import InputError
+
+
+def pytest_collection_finish():
+    """Leaves all that was imported out of garbage collection.
+
+    Every validation asks for one, because of its figures, and it would take a third of a second.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    """Lets it all be collected at the end, or C++ modules complain of leaks."""
+    gc.unfreeze()
+
 
 CAMVID_COLOURS = [(40 * code % 256, 90 * code % 256, 150 * code % 256) for code in range(12)]
 

@@ -36,6 +36,7 @@ def write_base(folder, **trainer):
     """Writes a config that trains in seconds, and one that fails once the data is read."""
     config = yaml.safe_load(TINY)
     config["trainer"] |= {"enable_progress_bar": True, **trainer}
+    config["last_checkpoint"] = {"every_n_steps": 5}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     (folder / "hungry.yaml").write_text("data: {init_args: {batch_size: 9}}")
     return folder
@@ -106,20 +107,20 @@ def test_the_table_has_mean_and_spread(grid):
     assert "report.py runs/ablation_tiny" in out
 
 
-def test_a_second_start_runs_nothing_again(grid):
-    folder, _, _ = grid
-    code, out = ablate(folder, "--overlays", NONE, "--seeds", 0, 1, *QUICK)
-    assert code == 0
-    assert out.count("has finished") == 4
-    assert "starts" not in out
-    assert not list(folder.glob("runs/*/*/*/version_1"))
-
-
 def in_process(folder, monkeypatch, *args):
     from ablate import main
 
     monkeypatch.chdir(folder)
     return main(["--config", "tiny.yaml", *map(str, args)])
+
+
+def test_a_second_start_runs_nothing_again(grid, monkeypatch, capsys):
+    folder, _, _ = grid
+    assert in_process(folder, monkeypatch, "--overlays", NONE, "--seeds", 0, 1, *QUICK) == 0
+    out = capsys.readouterr().out
+    assert out.count("has finished") == 4
+    assert "starts" not in out
+    assert not list(folder.glob("runs/*/*/*/version_1"))
 
 
 @pytest.mark.parametrize("option", ["trainer.max_steps", "data.init_args.num_eval"])
@@ -243,38 +244,42 @@ def is_locked(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
-def test_a_stopped_grid_goes_on_where_it_was(tmp_path, number):
-    write_base(tmp_path, max_steps=40, val_check_interval=4, log_every_n_steps=1)
+def test_a_stopped_grid_goes_on_where_it_was(tmp_path):
+    write_base(tmp_path, max_steps=100, val_check_interval=50, log_every_n_steps=1)
     cell = tmp_path / "runs" / "ablation_tiny" / "base" / "seed0"
     log, run = cell.with_suffix(".log"), cell / "version_0"
     last = run / "checkpoints" / "last.ckpt"
+
+    # The run is killed, and the grid goes on to its end.
     first = start(tmp_path, "--seeds", 0)
     wait_for(last.is_file)
     assert is_locked(log)
-    if number == signal.SIGINT:
-        first.send_signal(number)
-        assert "the same command goes on" in first.communicate(timeout=60)[0]
-        assert first.returncode == 130
-    else:
-        # The run is killed, and the grid goes on to its end.
-        [child] = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-        os.kill(int(child), number)
-        assert "has not finished: exit code -9" in first.communicate(timeout=60)[0]
-        assert first.returncode == 1
+    [child] = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+    assert "has not finished: exit code -9" in first.communicate(timeout=60)[0]
+    assert first.returncode == 1
+    killed_at = torch.load(last, weights_only=True)["global_step"]
+
+    # Ctrl-C ends both.
+    written = last.stat().st_mtime_ns
+    second = start(tmp_path, "--seeds", 0)
+    wait_for(lambda: last.stat().st_mtime_ns > written)
+    second.send_signal(signal.SIGINT)
+    assert "the same command goes on" in second.communicate(timeout=60)[0]
+    assert second.returncode == 130
     assert not is_locked(log)  # nothing of it lives on
     assert not (run / "results.json").exists()
     stopped_at = torch.load(last, weights_only=True)["global_step"]
-    assert 0 < stopped_at < 40
+    assert 0 < killed_at < stopped_at < 100
 
     code, out = ablate(tmp_path, "--seeds", 0)
     assert code == 0, out
     assert f"base/seed0: resumes from {last.relative_to(tmp_path)}" in out
     assert [path.name for path in cell.iterdir()] == ["version_0"]
-    assert result(tmp_path, "base/seed0")["step"] == 40
-    second = log.read_text().rpartition("Restored all states")[2]
-    steps = [int(step) for step in re.findall(r"^step (\d+)/40 ", second, re.M)]
-    assert steps == list(range(10 * (stopped_at // 10 + 1), 41, 10))
+    assert result(tmp_path, "base/seed0")["step"] == 100
+    third = log.read_text().rpartition("Restored all states")[2]
+    steps = [int(step) for step in re.findall(r"^step (\d+)/100 ", third, re.M)]
+    assert steps == list(range(10 * (stopped_at // 10 + 1), 101, 10))
 
 
 def test_a_cell_that_another_process_runs_is_left_alone(tmp_path, monkeypatch, capsys):
@@ -343,11 +348,11 @@ GRIDS = [command[2:] for command in COMMANDS if command[1] == "scripts/ablate.py
 
 
 @pytest.mark.parametrize("command", GRIDS)
-def test_grids_of_the_readme_are_what_they_say(command, monkeypatch, capsys):
+def test_grids_of_the_readme_are_what_they_say(command, monkeypatch, capsys, tmp_path):
     from ablate import main
 
     monkeypatch.chdir(ROOT)
-    assert main(["--dry-run", *command]) == 0
+    assert main(["--dry-run", "--output", str(tmp_path), *command]) == 0
     lines = capsys.readouterr().out.splitlines()
     settings = [re.search(r"--name (\S+)/seed\d", line)[1] for line in lines]
     assert settings == 3 * ["base", "context_none", "context_dense", "order_long", "order_short"]

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from isanet_pl.models import Backbone, ISANet, count_gmacs
+from isanet_pl.models.isanet import Context
 from isanet_pl.models.layers import SameConv
 
 SMALL = {
@@ -583,6 +584,8 @@ def test_cost_is_counted_without_the_auxiliary_head_and_computes_nothing():
         for aux in (True, False)
     }
     assert costs[True] == costs[False] > 0
+    for context in Context.__args__:
+        assert count_gmacs(small_net(context=context), 64, 64) >= costs[False]
     # 8x8 positions, in groups of 1 and 64 or of 4 and 16; 8 channels of keys and 8 of values.
     one, four = (count_gmacs(small_net(down_factors=[(p, p)]), 64, 64) for p in (1, 2))
     assert one - four == pytest.approx(64 * ((1 + 64) - (4 + 16)) * (8 + 8) / 1e9, rel=1e-6)

@@ -518,7 +518,7 @@ def test_the_stress_script_sees_a_single_bit(scripts_on_path):
 def test_a_run_killed_again_and_again_ends_the_same(tmp_path):
     # 3 stops: SIGKILL, SIGKILL while a checkpoint is written, SIGTERM; 0, 1 and 4 loader processes.
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--stops", "3", "--steps", "45"], capture_output=True, text=True
+        [sys.executable, SCRIPT, "--stops", "3", "--steps", "30"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no difference, bit for bit" in done.stdout
