@@ -269,7 +269,8 @@ def _machine() -> str:
     """Returns the GPU's name, or the processor's and the cores in use."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
-    return f"{torch.get_num_threads()} cores of {processor()}"
+    cores = torch.get_num_threads()
+    return f"{cores} core{'s' if cores > 1 else ''} of {processor()}"
 
 
 def processor() -> str:

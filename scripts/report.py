@@ -9,7 +9,6 @@ Exit codes: 0, files that could not be read are listed; 2 for a wrong command li
 
 import argparse
 import io
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from report_page import (
     Text,
     as_html,
     markdown,
+    slug,
 )
 from report_tables import class_table, run_table, summary_table, unfinished_table
 from resumed_runs import join_resumed
@@ -110,10 +110,10 @@ def describe(comparison: Comparison, base: str | None, problems: list[str]) -> l
     """Returns the sections of a comparison; what its runs lack is left out, and said."""
     settings, best = comparison.settings, comparison.settings[0]
     reference = next((s for s in settings if s.label == base), best)
-    slug = re.sub(r"\W+", "-", comparison.title.lower())
+    prefix = slug(comparison.title)
 
     def draw(kind: str, alt: str, figure: Callable[[], Figure]) -> Picture:
-        return picture(f"{slug}-{kind}", alt, figure)
+        return picture(f"{prefix}-{kind}", alt, figure)
 
     scores: list[Block] = [summary_table(comparison, reference)]
     if len(settings) > 1:
@@ -142,7 +142,7 @@ def describe(comparison: Comparison, base: str | None, problems: list[str]) -> l
         cost = draw("cost", "cost against mIoU", lambda: draw_cost(comparison))
         add("Cost", *many, cost)
     add("Confusion", *confusion(best, comparison, draw, problems))
-    add("Predictions", *panels(comparison, slug, problems))
+    add("Predictions", *panels(comparison, prefix, problems))
     return sections
 
 
@@ -174,7 +174,7 @@ def confusion(
     return [Text(title), draw("confusion", title, lambda: draw_confusion(total, classes))]
 
 
-def panels(comparison: Comparison, slug: str, problems: list[str]) -> list[Block]:
+def panels(comparison: Comparison, prefix: str, problems: list[str]) -> list[Block]:
     """Returns the last predictions of one run of each setting, side by side."""
     pictures, missing = [], []
     for number, setting in enumerate(comparison.settings):
@@ -196,7 +196,7 @@ def panels(comparison: Comparison, slug: str, problems: list[str]) -> list[Block
             continue
         alt = f"{setting.label}, seed {seed}, {path.stem}"
         pictures.append(
-            Picture(f"{slug}-panel-{number}", alt, png, smaller.getvalue(), "image/webp")
+            Picture(f"{prefix}-panel-{number}", alt, png, smaller.getvalue(), "image/webp")
         )
     blocks: list[Block] = [Gallery(pictures)] if pictures else []
     return [*blocks, Text(f"No pictures of {', '.join(missing)}.")] if missing else blocks

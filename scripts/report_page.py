@@ -118,6 +118,11 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))", r"\\\1", one_line)
 
 
+def slug(title: str) -> str:
+    """Returns a title as a part of file names."""
+    return re.sub(r"\W+", "-", title.lower())
+
+
 def _block_as_markdown(block: Block) -> str:
     match block:
         case Text(text):

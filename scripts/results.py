@@ -16,7 +16,7 @@ from typing import Any
 
 from readme import write_block
 from report_figures import draw_scores, picture
-from report_page import code_as_markdown, escape_markdown, table_as_markdown
+from report_page import code_as_markdown, escape_markdown, slug, table_as_markdown
 from report_tables import class_table, run_table, summary_table
 from resumed_runs import join_resumed
 from run_folders import Result, Run, read_runs
@@ -45,11 +45,14 @@ def add(name: str, paths: Sequence[Path], store: Path) -> None:
     for comparison in comparisons:
         if len(comparison.settings) > 1:
             scores = picture("scores", "", lambda c=comparison: draw_scores(c))
-            file = f"{name}.{comparison.command}_{comparison.split}.png"
-            (store / file).write_bytes(scores.png)
+            (store / _picture_name(name, comparison)).write_bytes(scores.png)
     panel = next(iter(comparisons[-1].settings[0].runs.values())).panel()
     if panel:
         (store / f"{name}.panel.png").write_bytes(panel.read_bytes())
+
+
+def _picture_name(name: str, comparison: Comparison) -> str:
+    return f"{name}.{slug(comparison.title)}.png"
 
 
 def as_record(comparison: Comparison) -> dict[str, Any]:
@@ -118,7 +121,7 @@ def block(name: str, comparisons: Sequence[Comparison], store: str) -> str:
         table = summary_table(comparison, comparison.settings[0])
         parts += [f"**{escape_markdown(comparison.title)}**", table_as_markdown(table)]
         if len(comparison.settings) > 1:
-            file = f"{store}/{name}.{comparison.command}_{comparison.split}.png"
+            file = f"{store}/{_picture_name(name, comparison)}"
             parts.append(f"![{escape_markdown(comparison.title)}, all settings]({file})")
     parts.append(table_as_markdown(class_table(comparisons[-1])))
     runs = [r for c in comparisons for s in c.settings for r in s.runs.values() if r.result]

@@ -42,8 +42,9 @@ def test_the_block_holds_the_numbers_of_the_runs(place):
     assert len(rows(text, "network.context=isa")) == 4  # and a row for each seed
     assert "network.context=dense" not in text
     assert text.count("isanet-pl fit") == 4
-    assert "(docs/results/mine.fit_val.png)" in text
-    with Image.open(place / "docs" / "results" / "mine.fit_val.png") as picture:
+    file = "docs/results/mine.camvid-val-at-the-end-of-training.png"
+    assert f"({file})" in text
+    with Image.open(place / file) as picture:
         assert picture.width > 500
     results()
     assert (place / "README.md").read_text() == text  # a second time changes nothing
@@ -72,7 +73,7 @@ def test_an_evaluation_stands_beside_its_training(place):
     assert "**CamVid val at the end of training**" in text
     assert "**CamVid test by isanet-pl test**" in text
     assert rows(text, "car") == [["car", "-", "-"]]  # of the last comparison
-    assert "(docs/results/mine.test_test.png)" in text
+    assert "(docs/results/mine.camvid-test-by-isanet-pl-test.png)" in text
     kept = json.loads((place / "docs" / "results" / "mine.json").read_text())
     assert [comparison["split"] for comparison in kept] == ["val", "test"]
 
