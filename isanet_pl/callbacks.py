@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from isanet_pl.errors import InputError
-from isanet_pl.models import ISANet, count_gmacs
+from isanet_pl.inference import Inference
+from isanet_pl.models import ISANet
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
@@ -253,7 +254,8 @@ class ResultTable(pl.Callback):
         # nothing left to do.
         if not isinstance(pl_module.network, ISANet) or self.image_size is None:
             return None
-        return round(count_gmacs(pl_module.network, *self.image_size), 3)
+        inference = cast(Inference, pl_module.inference)
+        return round(inference.count_gmacs(pl_module.network, *self.image_size), 3)
 
 
 def _scores(trainer: pl.Trainer, stage: str) -> dict[str, float]:

@@ -1,13 +1,15 @@
 """From an image of any size to class scores at that size: whole, by sliding windows, averaged."""
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 Mode = Literal["whole", "slide"]
 
@@ -142,6 +144,23 @@ class Inference:
         assert total is not None
         # A probability that rounds to zero must not become an infinite loss.
         return total.div_(len(views)).clamp_(min=1e-12).log_()
+
+    def count_gmacs(self, network: nn.Module, height: int, width: int) -> float:
+        """Returns the arithmetic of one image, in billions of multiply-adds.
+
+        Convs and matrix products count, those of the attention too, as in the papers; every view
+        and window does. Nothing is computed for it. The network is taken as it is, not folded.
+
+        Args:
+            network: An ISANet.
+            height: Of the image, in pixels.
+            width: Of the image, in pixels.
+        """
+        shapes: Any = copy.deepcopy(network).to("meta").eval()
+        image = torch.empty(1, 3, height, width, dtype=torch.uint8, device="meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self(shapes, image)
+        return float(counter.get_total_flops() / 2e9)
 
     def _scores(self, network: Network, x: Tensor) -> Tensor:
         """Returns the logits of one view, at its size."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from isanet_pl.inference import Inference, window_starts
 from isanet_pl.models import ISANet
+from isanet_pl.models.isanet import Context
 
 
 class Pointwise:
@@ -265,3 +266,30 @@ def test_impossible_probabilities_are_no_infinite_loss():
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Inference(**arguments)
+
+
+def gmacs(inference=None, size=(64, 64), **arguments):
+    small = {"key_channels": 8, "value_channels": 8, "out_channels": 16, "aux_channels": 8}
+    network = ISANet(5, "resnet18", **small, **arguments).train()
+    return (inference or Inference()).count_gmacs(network, *size)
+
+
+def test_arithmetic_is_that_of_the_published_formula():
+    # 8x8 positions, in groups of 1 and 64 or of 4 and 16; 8 channels of keys and 8 of values.
+    one, four = (gmacs(down_factors=[(p, p)]) for p in (1, 2))
+    assert one - four == pytest.approx(64 * ((1 + 64) - (4 + 16)) * (8 + 8) / 1e9, rel=1e-6)
+
+
+def test_arithmetic_is_counted_for_every_context_without_the_auxiliary_head():
+    none = gmacs(context="none", aux_head=False)
+    assert none == gmacs(context="none", aux_head=True) > 0
+    for context in Context.__args__:
+        assert gmacs(context=context) >= none
+
+
+def test_arithmetic_is_that_of_all_views_and_windows():
+    once = gmacs(context="none")
+    assert gmacs(Inference(flip=True), context="none") == pytest.approx(2 * once)
+    assert gmacs(Inference(scales=(1, 2)), context="none") == pytest.approx(5 * once)
+    slide = Inference(mode="slide", crop_size=(64, 64), stride=(64, 64))
+    assert gmacs(slide, (128, 192), context="none") == pytest.approx(6 * once)

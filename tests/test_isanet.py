@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from isanet_pl.models import Backbone, ISANet, count_gmacs
-from isanet_pl.models.isanet import Context
+from isanet_pl.models import Backbone, ISANet
 from isanet_pl.models.layers import SameConv
 
 SMALL = {
@@ -574,18 +573,3 @@ def test_real_weights_load(name, file, num_tensors):
     assert {k.split(".")[0] for k in backbone.loaded} >= {"conv1", "bn1", "layer1", "layer3"}
     assert all(v.isfinite().all() for v in backbone.state_dict().values())
     assert backbone.net["conv1"].weight.dtype == torch.float32
-
-
-def test_cost_is_counted_without_the_auxiliary_head_and_computes_nothing():
-    conv = nn.Conv2d(3, 8, 3, padding=1)
-    assert count_gmacs(conv, 10, 12) == 10 * 12 * 8 * 3 * 9 / 1e9
-    costs = {
-        aux: count_gmacs(small_net(aux_head=aux, context="none").train(), 64, 64)
-        for aux in (True, False)
-    }
-    assert costs[True] == costs[False] > 0
-    for context in Context.__args__:
-        assert count_gmacs(small_net(context=context), 64, 64) >= costs[False]
-    # 8x8 positions, in groups of 1 and 64 or of 4 and 16; 8 channels of keys and 8 of values.
-    one, four = (count_gmacs(small_net(down_factors=[(p, p)]), 64, 64) for p in (1, 2))
-    assert one - four == pytest.approx(64 * ((1 + 64) - (4 + 16)) * (8 + 8) / 1e9, rel=1e-6)

@@ -2,7 +2,6 @@
 
 from isanet_pl.models.attention import ISABlock, ISAModule, SelfAttentionBlock2D
 from isanet_pl.models.backbone import Backbone
-from isanet_pl.models.cost import count_gmacs
 from isanet_pl.models.fuse import fuse_for_inference
 from isanet_pl.models.isanet import ISANet
 
@@ -12,6 +11,5 @@ __all__ = [
     "ISAModule",
     "ISANet",
     "SelfAttentionBlock2D",
-    "count_gmacs",
     "fuse_for_inference",
 ]
