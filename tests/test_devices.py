@@ -96,6 +96,7 @@ def assert_same_weights(run_folder, other):
         assert torch.allclose(ours["state_dict"][name], tensor, rtol=0, atol=1e-5), name
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_score_as_one(folder, alone):
     # With W&B, of which only the first process may know.
     pair, done = fit(folder, 2, "--wandb", "offline", "--model.reference_batch_size", 2)
@@ -214,6 +215,7 @@ def test_fewer_images_than_devices_are_refused(stage, tmp_path):
         data.setup(stage)
 
 
+@pytest.mark.slow
 def test_validate_and_predict(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "a.ckpt")
     make_folder(tmp_path / "data", size=(32, 48), count=5)

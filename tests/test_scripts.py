@@ -42,6 +42,7 @@ def test_benchmark_data_writes_its_table(tmp_path, small_camvid):
     assert table.count("1.00x") >= 2
 
 
+@pytest.mark.slow
 def test_benchmark_efficiency_writes_everything(tmp_path):
     marks = "<!-- efficiency: written by a script -->", "<!-- end of efficiency -->"
     (tmp_path / "README.md").write_text("\n".join(["before", *marks, "after"]))
