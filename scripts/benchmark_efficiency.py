@@ -22,7 +22,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from efficiency_report import KEYS, Row, keep, short_markdown, write
+from efficiency_report import KEYS, keep, short_markdown, write
+from efficiency_tables import Row
 from measuring import alternate, conv_ceiling, gmacs, machine, peak_mib, saved_mib, spread
 from readme import write_block
 from rich.progress import track

@@ -72,7 +72,6 @@ def test_benchmark_efficiency_writes_everything(tmp_path):
     ]
     assert all(row["min"] <= row["median"] <= row["max"] for row in rows)
     assert all((row["saved_mib"] or 0) > 0 for row in rows if row["mode"] == "training")
-    text = (tmp_path / "README.md").read_text()
     median = {(row["dtype"], row["mode"], row["head"]): row["median"] for row in rows}
     ratio = median["float32", "training", only[2]] / median["float32", "training", "ISA"]
     kept = {row["head"]: row["saved_mib"] for row in rows[-3:]}
@@ -80,8 +79,62 @@ def test_benchmark_efficiency_writes_everything(tmp_path):
     assert (
         f"| ISA, plain formulation | direct | default | float32 | training | {ratio:.2f}x "
         f"| {ratio:.2f}x | {share:.2f} |"
+    ) in (folder / "efficiency.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert (
+        f"| ISA, plain formulation | direct | training | float32 | {ratio:.2f}x ({ratio:.2f} to "
+        f"{ratio:.2f}) | {share:.2f} |"
     ) in text
     assert "With the number of positions N grow: ISA with N^" in text
+
+
+def test_ratios_are_means_over_the_sizes_that_both_were_measured_at(scripts_on_path):
+    from efficiency_tables import ratio_summary
+
+    row = {"form": "direct", "dtype": "float32", "mode": "training"}
+    medians = {  # (memory by, head, size): ms
+        ("default", "ISA", "64x64"): 1.0,
+        ("default", "ISA", "97x97"): 2.0,
+        ("default", "ISA", "128x128"): 3.0,
+        ("default", "dense attention", "64x64"): 2.0,
+        ("default", "dense attention", "97x97"): 16.0,
+        ("jemalloc", "ISA", "64x64"): 1.0,
+        ("jemalloc", "dense attention", "64x64"): 3.0,
+    }
+    saved = {"ISA": 3.0, "dense attention": 12.0}
+    rows = [
+        {**row, "heap": heap, "head": head, "size": size, "median": ms, "saved_mib": saved[head]}
+        for (heap, head, size), ms in medians.items()
+    ]
+    assert ratio_summary(rows).splitlines() == [
+        "| ISA against | form | mode | dtype | memory by default | memory by jemalloc | keeps |",
+        "|---|---|---|---|---:|---:|---:|",
+        "| dense attention | direct | training | float32 | 4.00x (2.00 to 8.00) "
+        "| 3.00x (3.00 to 3.00) | 0.25 |",
+    ]
+
+
+def test_networks_stand_in_a_grid_of_sizes(scripts_on_path):
+    from efficiency_tables import network_grid
+
+    row = {"heap": "default", "dtype": "float32", "batch": 1, "peak_mib": 9.6}
+    rows = [
+        {**row, "network": network, "size": size, "mode": mode, "images_per_s": speed}
+        for network, size, mode, speed in (
+            ("small", "97x97", "inference", 4.0),
+            ("small", "128x128", "inference", 2.0),
+            ("large", "128x128", "inference", 1.0),
+            ("small", "97x97", "training", 0.5),
+        )
+    ]
+    inference, training = network_grid(rows).split("\n\nImages/s")
+    assert inference.splitlines()[2:] == [
+        "| network (reduced form) | 97x97 | 128x128 |",
+        "|---|---:|---:|",
+        "| small | 4.00 (10 MiB) | 2.00 (10 MiB) |",
+        "| large | - | 1.00 (10 MiB) |",
+    ]
+    assert training.splitlines()[-1] == "| small | 0.50 (10 MiB) |"
 
 
 def test_benchmark_of_another_machine_is_not_mixed_in(scripts_on_path, tmp_path):

@@ -1,0 +1,59 @@
+"""Pictures of what `benchmark_efficiency.py` measured."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from efficiency_tables import DENSE, Row, edges, representative
+from matplotlib.figure import Figure
+
+
+def draw_growth(rows: Sequence[Row], path: Path) -> None:
+    """Draws how time and memory grow with the map, and which window is the cheapest."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    time_axis, memory_axis, window_axis = figure.subplots(1, 3)
+    ticks = sorted({row["size"] for row in rows if row["kind"] != "window"})
+    for name in ("ISA", DENSE):
+        kind = [row for row in rows if row["kind"] == name]
+        sides = [row["size"] for row in kind]
+        time_axis.plot(sides, [row["median"] for row in kind], "o-", label=name)
+        memory_axis.plot(sides, [row["peak_mib"] for row in kind], "o-", label=name)
+    for axis, label in ((time_axis, "ms"), (memory_axis, "peak MiB")):
+        axis.set(xscale="log", yscale="log", xlabel="edge of the map, positions", ylabel=label)
+        axis.set_xticks(ticks, [str(edge) for edge in ticks])
+        axis.minorticks_off()
+        axis.legend()
+    windows = [row for row in rows if row["kind"] == "window"]
+    sides = [row["window"] for row in windows]
+    window_axis.plot(sides, [row["median"] for row in windows], "o-", color="C2")
+    window_axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel=f"window at {windows[0]['size']}x{windows[0]['size']}",
+        ylabel="ms",
+    )
+    window_axis.set_xticks(sides, [str(side) for side in sides])
+    window_axis.minorticks_off()
+    figure.suptitle(f"Inference of the attention on 512 channels, {rows[0]['dtype']}")
+    figure.savefig(path, dpi=110)
+
+
+def draw_heads(rows: Sequence[Row], path: Path) -> None:
+    """Draws time and memory of each head on the largest map, in inference, as bars."""
+    rows = [row for row in representative(rows) if row["mode"] == "inference"]
+    rows = [row for row in rows if row["dtype"] == rows[-1]["dtype"]]
+    largest = max((row["size"] for row in rows), key=edges)
+    rows = sorted((row for row in rows if row["size"] == largest), key=lambda row: -row["median"])
+    figure = Figure(figsize=(11, 0.8 + 0.28 * len(rows)), layout="constrained")
+    time_axis, memory_axis = figure.subplots(1, 2, sharey=True)
+    colours = ["C3" if row["head"] == "ISA" else "C0" for row in rows]
+    for axis, key, label in (
+        (time_axis, "median", "ms"),
+        (memory_axis, "peak_mib", "peak MiB beside the input"),
+    ):
+        bars = axis.barh([row["head"] for row in rows], [row[key] for row in rows], color=colours)
+        axis.bar_label(bars, fmt="%.0f", padding=3)
+        axis.margins(x=0.12)
+        axis.set_xlabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Inference, [1, 2048, {largest.replace('x', ', ')}], {rows[0]['dtype']}")
+    figure.savefig(path, dpi=110)
