@@ -1,6 +1,7 @@
 """Small data sets on disk, the same ones on every run."""
 
 import gc
+import logging
 import os
 import re
 from pathlib import Path
@@ -24,6 +25,12 @@ def pytest_collection_finish():
 def pytest_sessionfinish():
     """Lets it all be collected at the end, or C++ modules complain of leaks."""
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _messages_go_to_the_stream_of_this_test():
+    """Takes away the handler of messages, which would write to the next test's closed stderr."""
+    logging.getLogger("isanet_pl").handlers.clear()
 
 
 CAMVID_COLOURS = [(40 * code % 256, 90 * code % 256, 150 * code % 256) for code in range(12)]
