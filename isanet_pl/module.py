@@ -1,10 +1,9 @@
-"""The LightningModule: what a step does, metrics, optimiser groups, poly schedule."""
+"""The LightningModule: what a step does, metrics, optimiser groups."""
 
 import dataclasses
-import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
@@ -16,38 +15,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
+from isanet_pl.agreement import check_agreement
 from isanet_pl.errors import InputError
 from isanet_pl.finite import all_finite, first_not_finite
 from isanet_pl.inference import Inference
 from isanet_pl.losses import SegmentationLoss
 from isanet_pl.metrics import SegmentationMetrics
 from isanet_pl.models import ISANet, fuse_for_inference
+from isanet_pl.optimisation import StepImages, fit_lr_to_batch, poly_schedule
 
 log = logging.getLogger(__name__)
 
-# What a checkpoint and a config may disagree about: it leaves the trained function as it is.
-TRAINING_ONLY = frozenset({"pretrained", "weights_path", "dropout"})
-
 # What the convs of a network compute in, by the trainer's precision.
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-
-
-def poly_schedule(
-    total_steps: int, power: float, end_factor: float, warmup_fraction: float
-) -> Callable[[int], float]:
-    """Returns the learning rate, as a factor of its base, for each optimiser step 0, 1, ...
-
-    Linear from zero over the warm-up, then (1 - progress)^power from 1 down to `end_factor`.
-    """
-    warmup_steps = round(total_steps * warmup_fraction)
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return end_factor + (1 - end_factor) * float((1 - progress) ** power)
-
-    return factor
 
 
 class SegmentationModule(pl.LightningModule):
@@ -307,7 +287,9 @@ class SegmentationModule(pl.LightningModule):
             raise InputError(
                 "the schedule needs the length of the run: set trainer.max_steps or max_epochs"
             )
-        self._fit_lr_to_batch(optimizer)
+        if self.reference_batch_size is not None:
+            images = self._images_of_a_step()
+            fit_lr_to_batch(optimizer, images, self.reference_batch_size, self.scale_lr)
         # A checkpoint brings its own: `on_train_start` goes back to these.
         self._settings = [
             {key: value for key, value in group.items() if key != "params"}
@@ -331,35 +313,11 @@ class SegmentationModule(pl.LightningModule):
         for (group, own), factor in zip(groups, schedule.lr_lambdas, strict=True):
             group.update(own, initial_lr=own["lr"], lr=own["lr"] * factor(schedule.last_epoch))
 
-    def _fit_lr_to_batch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Scales the learning rates to the images of a step, or warns that they do not fit."""
-        reference, trainer = self.reference_batch_size, self.trainer
-        if reference is None:
-            return
+    def _images_of_a_step(self) -> StepImages:
+        trainer = self.trainer
         trainer.fit_loop.setup_data()  # or there is no loader yet when max_steps is given
         batch_size: int = trainer.train_dataloader.batch_size  # type: ignore[union-attr]
-        devices, accumulated = trainer.world_size, trainer.accumulate_grad_batches
-        images = devices * batch_size * accumulated
-        if images == reference:
-            return
-        found = (
-            f"a step sees {images} images ({devices} devices x batch_size {batch_size} x "
-            f"accumulate_grad_batches {accumulated}), but the learning rate was set for {reference}"
-        )
-        if self.scale_lr:
-            for group in optimizer.param_groups:
-                group["lr"] *= images / reference
-            log.info("%s: it is multiplied by %g", found, images / reference)
-            return
-        fixes = ["--model.scale_lr true"]
-        for option, others in (
-            ("--trainer.accumulate_grad_batches", devices * batch_size),
-            ("--data.batch_size", devices * accumulated),
-        ):
-            if reference % others == 0:
-                fixes.insert(0, f"{option} {reference // others}")
-        if trainer.is_global_zero:
-            log.warning("%s; set %s", found, " or ".join(fixes))
+        return StepImages(trainer.world_size, batch_size, trainer.accumulate_grad_batches)
 
     def description(self) -> dict[str, Any]:
         """Returns what a file must say of the network to be used without this project's config."""
@@ -394,42 +352,6 @@ class SegmentationModule(pl.LightningModule):
         Raises:
             InputError: Classes or network of the checkpoint differ from this module's.
         """
-        saved = checkpoint.get("hyper_parameters", {})
-        names = list(saved.get("class_names", self.class_names))
-        if names != self.class_names:
-            raise InputError(
-                f"the checkpoint was trained for {len(names)} classes ({', '.join(names)}), but "
-                f"the data has {len(self.class_names)} ({', '.join(self.class_names)}); give the "
-                "data set it was trained on, or train anew"
-            )
-        network = saved.get("network", {})
-        differences = [
-            f"model.network.{key}: checkpoint {network[key]}, config {value}"
-            for key, value in self.network.arguments.items()
-            if network.get(key) is not None  # left to its default, which follows from the others
-            and key not in TRAINING_ONLY
-            and json.dumps(network[key]) != json.dumps(value)
-        ] + [
-            f"model.network.{key}: checkpoint {network[key]}, but this version has no such option"
-            for key in network.keys() - self.network.arguments.keys()
-        ]
-        if differences:
-            raise InputError(
-                "the checkpoint holds another network than the config describes; change the "
-                "config or use the run's own config.yaml:\n  " + "\n  ".join(differences)
-            )
-        own = self.state_dict()
-        given = checkpoint.get("state_dict", {})
-        wrong = sorted(own.keys() ^ given.keys()) + [
-            key for key in own.keys() & given.keys() if own[key].shape != given[key].shape
-        ]
-        if wrong:
-            raise InputError(
-                f"the checkpoint is damaged, or of another version: {len(wrong)} of its "
-                f"{len(own)} tensors are missing, left over or of another shape, such as {wrong[0]}"
-            )
-        broken = first_not_finite(given)
-        if broken:
-            raise InputError(f"the checkpoint is of no use: {broken} is not finite; give another")
+        check_agreement(checkpoint, self.network.arguments, self.class_names, self.state_dict())
         self.network.backbone.loaded = frozenset(checkpoint.get("pretrained_names", ()))
         self.loaded_step = int(checkpoint.get("global_step", 0))

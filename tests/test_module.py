@@ -1,4 +1,4 @@
-"""Optimiser groups, schedule, and what training keeps and stops at."""
+"""Optimiser groups and what training keeps and stops at."""
 
 import lightning.pytorch as pl
 import pytest
@@ -9,7 +9,8 @@ from isanet_pl.errors import InputError
 from isanet_pl.inference import Inference
 from isanet_pl.losses import SegmentationLoss
 from isanet_pl.models import ISANet
-from isanet_pl.module import SegmentationModule, poly_schedule
+from isanet_pl.module import SegmentationModule
+from isanet_pl.optimisation import poly_schedule
 
 NAMES, PALETTE = ("a", "b", "c"), ((0, 0, 0), (255, 0, 0), (0, 255, 0))
 
@@ -42,23 +43,6 @@ def make_trainer(tmp_path, **options):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "accelerator": "cpu", "default_root_dir": tmp_path}
     return pl.Trainer(**(quiet | {"max_steps": 4, "max_epochs": -1} | options))
-
-
-def test_poly_schedule_against_the_formula():
-    factor = poly_schedule(100, power=0.9, end_factor=0.01, warmup_fraction=0.0)
-    assert factor(0) == 1
-    assert factor(50) == pytest.approx(0.01 + 0.99 * 0.5**0.9)
-    assert factor(100) == pytest.approx(0.01)
-    assert factor(500) == pytest.approx(0.01)  # a run resumed beyond its end does not turn negative
-
-
-def test_warmup_rises_to_the_base_rate_and_then_decays():
-    factor = poly_schedule(100, power=0.9, end_factor=0.0, warmup_fraction=0.1)
-    values = [factor(step) for step in range(101)]
-    assert values[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
-    assert values[10] == 1
-    assert values[10:] == sorted(values[10:], reverse=True)
-    assert values[100] == 0
 
 
 def test_new_layers_get_their_own_learning_rate(tmp_path):
@@ -111,10 +95,10 @@ def test_default_optimiser_is_the_literatures_sgd(tmp_path):
 def fit_and_read_rate(tmp_path, caplog, reference, scale=False, **trainer):
     """Returns the first learning rate of a fit with batches of 2, and what was said about it."""
     module = make_module(reference_batch_size=reference, scale_lr=scale)
-    with caplog.at_level("INFO", logger="isanet_pl.module"):
+    with caplog.at_level("INFO", logger="isanet_pl.optimisation"):
         make_trainer(tmp_path, max_steps=1, **trainer).fit(module, make_loader())
     rate = module.optimizers().param_groups[0]["initial_lr"]
-    ours = [record for record in caplog.records if record.name == "isanet_pl.module"]
+    ours = [record for record in caplog.records if record.name == "isanet_pl.optimisation"]
     return rate, " ".join(record.getMessage() for record in ours)
 
 
