@@ -75,10 +75,9 @@ def find_kind(config: Config, folder: Path, trained: Config | None, weights: str
         kept = {key: value for key, value in trained.items() if not _starts(key, OF_EVALUATION)}
         config = kept | {key: v for key, v in config.items() if _starts(key, OF_EVALUATION)}
     own = {
-        key: Path(str(value)).name if key in PATHS else value
+        key: Path(str(value)).name if key in PATHS and value is not None else value
         for key, value in config.items()
-        # An older config lacks newer options, whose null changes nothing.
-        if value is not None and not _starts(key, NO_DIFFERENCE)
+        if not _starts(key, NO_DIFFERENCE)
     }
     if weights:
         own["checkpoint"] = weights
@@ -101,9 +100,11 @@ def find_labels(kinds: Sequence[Kind]) -> list[str]:
         cells[kind.cell].append(index)
     labels = [""] * len(kinds)
     for cell, members in cells.items():
-        for index, label in zip(members, _label([kinds[i] for i in members]), strict=True):
-            alone = len(members) == 1
-            labels[index] = cell if cell and alone else f"{cell} {label}".strip()
+        own, names = [kinds[i] for i in members], {kinds[i].name for i in members}
+        # Beside a grid, a run of no grid that is evaluated in several ways says its name too.
+        group = cell or (names.pop() if len(cells) > 1 and len(names) == 1 else "")
+        for index, label in zip(members, _label(own), strict=True):
+            labels[index] = group if group and len(members) == 1 else f"{group} {label}".strip()
     return labels
 
 
@@ -113,26 +114,33 @@ def _label(kinds: Sequence[Kind]) -> list[str]:
     long = any(len(part) > MOST_PARTS for part in parts)
     if len(kinds) == 1 or (long and len(set(names)) == len(names)):
         return names
-    return [", ".join(part) or "base" for part in parts]
+    labels = [", ".join(part) or "base" for part in parts]
+    return [
+        f"{label} ({name})" if labels.count(label) > 1 else label
+        for label, name in zip(labels, names, strict=True)
+    ]
 
 
 def find_differences(configs: Sequence[Config]) -> list[list[str]]:
     """Returns, for each config, `key=value` of all keys that differ between them.
 
-    A value that more of the configs have than any other goes without saying.
+    A value that more of the configs have than any other goes without saying. A key that a config
+    lacks says nothing of it: its version had no such option, or its class no such argument.
     """
     keys = list(dict.fromkeys(key for config in configs for key in config))
-    texts = {key: [_text(config.get(key)) for config in configs] for key in keys}
+    texts = {
+        key: [_text(config[key]) if key in config else None for config in configs] for key in keys
+    }
     varying = {key: values for key, values in texts.items() if len(set(values)) > 1}
     found: list[list[str]] = [[] for _ in configs]
     for key, values in varying.items():
-        if "null" in values and any(key.startswith(f"{other}.") for other in varying):
+        if None in values and any(key.startswith(f"{other}.") for other in varying):
             continue  # the arguments of a class that others do not use: its name says enough
         counts = Counter(values).most_common(2)
         usual = counts[0][0] if counts[0][1] > counts[1][1] else None
         short = key.removeprefix("model.").removeprefix("trainer.")
         for parts, value in zip(found, values, strict=True):
-            if value != usual:
+            if value is not None and value != usual:
                 parts.append(f"{short}={value}")
     return found
 

@@ -151,7 +151,9 @@ def find_settings(
     groups: dict[str, _Group] = {}
     for run in members:
         training, kind = _identify(run, runs)
-        key = json.dumps(kind.config, sort_keys=True, default=str)
+        # An older config lacks newer options, whose null changes nothing.
+        chosen = {key: value for key, value in kind.config.items() if value is not None}
+        key = json.dumps(chosen, sort_keys=True, default=str)
         same = groups.setdefault(key, _Group(kind)).runs
         seed = training.config.get("seed_everything")
         name = str(seed) if type(seed) is int else str(training.folder)

@@ -162,7 +162,7 @@ def test_only_seeds_names_and_places_are_no_difference(tmp_path):
     write_run(tmp_path / "c" / "version_0", 0.1, 0, config={"model.optimizer.init_args.lr": 0.5})
     (comparison,), problems = compared(tmp_path)
     found = {setting.label: sorted(setting.runs) for setting in comparison.settings}
-    assert found == {"optimizer.lr=null": ["0", "1"], "optimizer.lr=0.5": ["0"]}
+    assert found == {"base": ["0", "1"], "optimizer.lr=0.5": ["0"]}
     assert problems == []
 
 
@@ -196,7 +196,12 @@ def test_what_may_not_be_compared_is_apart(tmp_path):
             [{"a": 1, "b": 1}, {"a": 2, "b": 1}, {"a": 1, "b": 2}],
             ["base", "a=2", "b=2"],
         ),
-        ([{}, {"model.network.x": [8, 8]}], ["network.x=null", "network.x=[8, 8]"]),
+        ([{"x": None}, {"model.network.x": [8, 8], "x": 1}], ["x=null", "x=1, network.x=[8, 8]"]),
+        ([{}, {"model.network.x": [8, 8]}], ["base", "network.x=[8, 8]"]),  # an older version
+        (
+            [{"a": 1}, {"a": 1, "new": 1}, {"a": 2, "new": 1}],
+            ["base (name 0)", "base (name 1)", "a=2"],
+        ),
         (  # the class says enough
             [{"o": "torch.optim.SGD", "o.momentum": 0.9}, {"o": "torch.optim.AdamW"}],
             ["o=SGD", "o=AdamW"],
@@ -228,6 +233,26 @@ def test_cells_of_a_grid_keep_their_names(tmp_path):
         "network.context=isa",
         "network.context=none",
     }
+
+
+def test_a_run_beside_a_grid_says_its_name(tmp_path):
+    for cell in ("plain", "grid/context_none/seed0"):
+        config = context("none") if cell != "plain" else None
+        write_run(tmp_path / cell / "version_0", 0.5, config=config)
+        for scale in (1, 2):
+            path = tmp_path / cell / "version_0" / "checkpoints" / "best.ckpt"
+            own = {**(config or {}), "ckpt_path": str(path), "model.inference.scales": [scale]}
+            folder = tmp_path / f"{cell}_{scale}".replace("/", "_") / "version_0"
+            write_run(folder, 0.5, command="test", config=own)
+    comparisons, _ = compared(tmp_path)
+    assert [{setting.label for setting in c.settings} for c in comparisons] == [
+        {"plain", "context_none"},
+        {
+            f"{name} inference.scales=[{scale}]"
+            for name in ("plain", "context_none")
+            for scale in (1, 2)
+        },
+    ]
 
 
 def test_a_resumed_run_is_one_run(tmp_path):
