@@ -1,5 +1,6 @@
 """Reading what a checkpoint says about itself."""
 
+import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 
 from isanet_pl.errors import InputError
-from isanet_pl.export import read_metadata
+from isanet_pl.exported import read_metadata
 
 # What the command line takes from the data: it cannot be given as well.
 LINKED_NETWORK = ("num_classes",)
@@ -92,3 +93,27 @@ def config_of(path: str, command: str) -> dict[str, Any]:
         "model": {"network": network, "loss": {}, "inference": inference},
         "data": {"class_path": "Images", "init_args": classes},
     }
+
+
+def with_config_of_checkpoint(args: list[str]) -> list[str]:
+    """Returns the arguments, with the checkpoint's config in front if they name no config.
+
+    Args:
+        args: Of a command that needs trained weights, the command first.
+
+    Raises:
+        InputError: The file that they name is no checkpoint of this project.
+    """
+    options = [part.split("=", 1)[0] for part in args]
+    if "--config" in options or "-c" in options or "--ckpt_path" not in options:
+        return args
+    at = options.index("--ckpt_path")
+    path = args[at].split("=", 1)[1] if "=" in args[at] else "".join(args[at + 1 : at + 2])
+    config = config_of(path, args[0])
+    if args[0] in ("predict", "export") and "--data" not in options:
+        return [args[0], "--config", json.dumps(config), *args[1:]]
+    # The user's data set knows its classes; images come to the size that was trained for.
+    base_size = config.pop("data")["init_args"].get("base_size")
+    if base_size and "--data" in options and "--data.base_size" not in options:
+        args = [*args, f"--data.base_size={base_size}"]
+    return [args[0], "--config", json.dumps(config), *args[1:]]

@@ -1,9 +1,7 @@
 """The command line: `isanet-pl {fit,validate,test,predict,export}`, a LightningCLI."""
 
-import json
 import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from isanet_pl.averaging import ExponentialAverage
 from isanet_pl.callbacks import Progress, ResultTable
 from isanet_pl.checkpoint_io import AtomicCheckpointIO
-from isanet_pl.checkpoints import check_file, config_of, is_onnx
+from isanet_pl.checkpoints import check_file, is_onnx, with_config_of_checkpoint
 from isanet_pl.dashboards import ClassScores, PredictionPanels
 from isanet_pl.data import SegmentationDataModule
 from isanet_pl.data.files import IGNORE
 from isanet_pl.errors import InputError, find_input_error
 from isanet_pl.explain import explain, less_memory, out_of_memory
-from isanet_pl.export import OnnxNetwork, SegmentationTrainer
+from isanet_pl.export import SegmentationTrainer
+from isanet_pl.exported import OnnxNetwork
+from isanet_pl.messages import configure_messages
 from isanet_pl.module import SegmentationModule
 from isanet_pl.predictions import PredictionWriter
 from isanet_pl.ranks import RankWatch
@@ -135,27 +135,10 @@ class SegmentationCLI(LightningCLI):
         """
         given = sys.argv[1:] if args is None else args
         if isinstance(given, list) and given and given[0] in TRAINED:
-            given = self._with_config_of_checkpoint(given)
+            given = with_config_of_checkpoint(given)
         self.config = (
             parser.parse_args(given) if isinstance(given, list) else parser.parse_object(given)
         )
-
-    @staticmethod
-    def _with_config_of_checkpoint(args: list[str]) -> list[str]:
-        """Returns the arguments, with the checkpoint's config in front if they name no config."""
-        options = [part.split("=", 1)[0] for part in args]
-        if "--config" in options or "-c" in options or "--ckpt_path" not in options:
-            return args
-        at = options.index("--ckpt_path")
-        path = args[at].split("=", 1)[1] if "=" in args[at] else "".join(args[at + 1 : at + 2])
-        config = config_of(path, args[0])
-        if args[0] in ("predict", "export") and "--data" not in options:
-            return [args[0], "--config", json.dumps(config), *args[1:]]
-        # The user's data set knows its classes; images come to the size that was trained for.
-        base_size = config.pop("data")["init_args"].get("base_size")
-        if base_size and "--data" in options and "--data.base_size" not in options:
-            args = [*args, f"--data.base_size={base_size}"]
-        return [args[0], "--config", json.dumps(config), *args[1:]]
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the config alone.
@@ -331,7 +314,7 @@ def main(args: ArgsType = None, run: bool = True) -> SegmentationCLI:
         InputError: Something the user gave is wrong.
         SystemExit: The arguments do not parse.
     """
-    _configure_messages()
+    configure_messages()
     try:
         return _build_and_run(args, run)
     except InputError:
@@ -362,34 +345,3 @@ def _build_and_run(args: ArgsType, run: bool) -> SegmentationCLI:
         },
         parser_kwargs={"description": "ISANet: interlaced sparse self-attention"},
     )
-
-
-@rank_zero_only
-def _configure_messages() -> None:
-    """Shows our own messages, and hides warnings that users can do nothing about."""
-    logger = logging.getLogger("isanet_pl")
-    logger.setLevel(logging.INFO)
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
-    for message in (
-        # Following the advice would break load_from_checkpoint (Lightning's issue 20801).
-        "Attribute .* is an instance of `nn.Module`",
-        # Lightning's own use of torch's pytree, and its size estimate of the model.
-        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-        "Precision .* is not supported by the model summary",
-        # Of no use: we log by step, and short runs are short on purpose.
-        "The number of training batches .* is smaller than the logging interval",
-        # `predict` has nothing left to do, and says so itself.
-        "Total length of `DataLoader` across ranks is zero",
-        # A run in a new folder continues from a checkpoint in another: intended.
-        "The dirpath has changed from",
-        # It is: each process takes its share of the images, and none takes one twice.
-        r"It is recommended to use `Trainer\(devices=1",
-        # Only `fit` keeps an average up, and refuses to drop it.
-        r"Be aware that when using `ckpt_path`.*\['ExponentialAverage'\]",
-        # A run that is resumed: its loader goes on where it was, and its files stay.
-        "You're resuming from a checkpoint that ended before the epoch ended",
-        "Experiment logs directory .* exists and is not empty",
-        "Checkpoint directory .* exists and is not empty",
-    ):
-        warnings.filterwarnings("ignore", message=message)

@@ -19,14 +19,13 @@ from torch.export import Dim, ExportedProgram
 from isanet_pl.checkpoint_io import read_checkpoint
 from isanet_pl.data.files import IMAGE_SUFFIXES, list_files, read_image
 from isanet_pl.errors import InputError
+from isanet_pl.exported import METADATA, Run, onnx_runner, require_onnx
 from isanet_pl.models import ISANet, fuse_for_inference
 
-METADATA = "isanet_pl"
 TOLERANCE = 1e-4  # of the largest logit
 LARGEST = 8192  # edge of an image, for files that take any size
 NUM_REAL = 3  # images of the user's that results are compared on
 
-Run = Callable[[Tensor], Tensor]
 log = logging.getLogger(__name__)
 
 
@@ -175,7 +174,7 @@ def trace(network: ISANet, size: Sequence[int], dynamic: bool, normalise: bool) 
 
 def write_onnx(program: ExportedProgram, target: Path, metadata: Mapping[str, Any]) -> None:
     """Writes an ONNX file, complete in itself, that says what it is."""
-    _require_onnx()
+    require_onnx()
     onnx_program = torch.onnx.export(
         program, input_names=["image"], output_names=["logits"], dynamo=True, verbose=False
     )
@@ -205,28 +204,6 @@ def quantise(target: Path, inputs: Sequence[Tensor]) -> None:
     model = onnx.load(target)
     onnx.helper.set_model_props(model, kept)
     onnx.save(model, target)
-
-
-def onnx_runner(target: Path) -> Run:
-    """Returns a function from inputs to logits, of an ONNX file."""
-    _require_onnx()
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        str(target), options, providers=onnxruntime.get_available_providers()
-    )
-    return lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
-
-
-def _require_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"{error.name} is not installed: pip install 'isanet-pl[onnx]'") from error
 
 
 def _read_images(folder: Path, size: Sequence[int], count: int) -> list[Tensor]:
@@ -301,72 +278,3 @@ def _latency(call: Callable[[], Any], repeats: int = 7) -> float:
         call()
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[2:])
-
-
-class OnnxNetwork(nn.Module):
-    """Offers what `Inference` needs of a network, from an exported ONNX file.
-
-    Args:
-        path: The file.
-
-    Raises:
-        InputError: It is no file that `isanet-pl export` wrote.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        description = read_metadata(path)
-        arguments = description["network"]
-        self.align_corners = bool(arguments["align_corners"])
-        self.output_stride = int(arguments["output_stride"])
-        self.size: list[int] | None = description["size"]
-        self.multiples: list[int] = description["multiples"]
-        self.inside = description["normalise"] == "inside"
-        for name in ("mean", "std"):
-            values = torch.tensor(arguments[name]).view(3, 1, 1)
-            self.register_buffer(name, values, persistent=False)
-        self.run = onnx_runner(path)
-
-    def normalise(self, image: Tensor) -> Tensor:
-        """Returns normalised images, float (N, 3, H, W), of uint8 ones."""
-        return (image.float() - self.mean) / self.std
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Returns `out`, the logits (N, K, H, W) of normalised images (N, 3, H, W).
-
-        Raises:
-            InputError: The images are larger than those that the file was made for.
-        """
-        h, w = x.shape[2:]
-        height, width = self.size or (h + -h % self.multiples[0], w + -w % self.multiples[1])
-        if h > height or w > width:
-            raise InputError(
-                f"the file takes images of {width}x{height} (width x height), not of {w}x{h}: set "
-                f"--model.inference.mode slide --model.inference.crop_size '[{height}, {width}]'"
-            )
-        x = F.pad(x, (0, width - w, 0, height - h)).cpu()
-        if self.inside:
-            x = (x * self.std.cpu() + self.mean.cpu()).round().clamp(0, 255).to(torch.uint8)
-        logits = self.run(x.contiguous())[:, :, :h, :w]
-        return {"out": logits.to(self.mean.device)}
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Returns what `isanet-pl export` wrote about an ONNX file.
-
-    Raises:
-        InputError: It did not write this file.
-    """
-    _require_onnx()
-    import onnx
-
-    try:
-        model = onnx.load(path, load_external_data=False)
-        properties = {prop.key: prop.value for prop in model.metadata_props}
-        description: dict[str, Any] = json.loads(properties[METADATA])
-    except Exception as error:
-        raise InputError(f"{path} was not written by isanet-pl export: {error!r}") from error
-    return description

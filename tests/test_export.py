@@ -13,7 +13,8 @@ from test_predictions import NAMES, PALETTE, write_checkpoint
 
 from isanet_pl.cli import main
 from isanet_pl.errors import InputError
-from isanet_pl.export import OnnxNetwork, read_metadata, size_multiples
+from isanet_pl.export import size_multiples
+from isanet_pl.exported import OnnxNetwork, read_metadata
 from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
 
