@@ -2,8 +2,6 @@
 
 import json
 import math
-import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -19,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from isanet_pl.errors import InputError
+from isanet_pl.hardware import describe_machine, peak_memory
 from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
 
@@ -52,13 +51,6 @@ def code_version() -> str | None:
         except (OSError, subprocess.CalledProcessError):
             return None
     return answer.strip()
-
-
-def peak_memory() -> dict[str, float]:
-    """Returns the most GiB that this process has held so far: on its GPU, or else at all."""
-    if torch.cuda.is_available():
-        return {"memory/gpu_peak_gib": torch.cuda.max_memory_allocated() / 2**30}
-    return {"memory/peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # of KiB
 
 
 class Progress(pl.Callback):
@@ -237,7 +229,7 @@ class ResultTable(pl.Callback):
             "stage": stage,
             "step": pl_module.trained_steps,
             "seconds": round(self.seconds),
-            "machine": _machine(),
+            "machine": describe_machine(),
             "torch": torch.__version__,
             "git": self.code,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
@@ -265,22 +257,6 @@ def _scores(trainer: pl.Trainer, stage: str) -> dict[str, float]:
         for name, value in trainer.callback_metrics.items()
         if name.startswith(f"{stage}/")
     }
-
-
-def _machine() -> str:
-    """Returns the GPU's name, or the processor's and the cores in use."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
-    cores = torch.get_num_threads()
-    return f"{cores} core{'s' if cores > 1 else ''} of {processor()}"
-
-
-def processor() -> str:
-    """Returns the name of the processor, or at least its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.machine()
 
 
 def _table(stage: str, scores: Mapping[str, float]) -> Table:

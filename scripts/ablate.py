@@ -28,6 +28,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from isanet_pl.errors import InputError
+from isanet_pl.hardware import num_cores
 
 OURS = ("--config", "-c", "--seed_everything", "--runs_dir", "--name", "--ckpt_path", "--resume")
 """Options of a run that this script sets."""
@@ -99,7 +100,7 @@ def share_of_machine(slot: int, jobs: int) -> dict[str, str]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
-    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
+    return {"OMP_NUM_THREADS": str(max(1, num_cores() // jobs))}
 
 
 class Grid:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from isanet_pl.callbacks import processor
+from isanet_pl.hardware import processor
 
 Call = Callable[[], object]
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from isanet_pl.data.sampler import (
 )
 from isanet_pl.data.transforms import TrainTransform
 from isanet_pl.errors import InputError
+from isanet_pl.hardware import num_cores
 
 log = logging.getLogger(__name__)
 
@@ -115,9 +115,7 @@ class SegmentationDataModule(pl.LightningDataModule):
         self.root = root
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
-        self.num_workers = (
-            min(8, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
-        )
+        self.num_workers = min(8, num_cores()) if num_workers is None else num_workers
         self.predict_dir = predict_dir
         self.predict_output = predict_output
         self.max_pixels = max_pixels

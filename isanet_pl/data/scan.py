@@ -1,6 +1,5 @@
 """Reads all files of a data set, in parallel."""
 
-import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -12,6 +11,7 @@ import torch
 from isanet_pl.data.facts import SplitFacts
 from isanet_pl.data.files import Pair
 from isanet_pl.errors import InputError
+from isanet_pl.hardware import num_cores
 
 CHUNK = 4
 """Pairs that a process reads at a time: few, so that Ctrl-C need not wait for many."""
@@ -36,7 +36,7 @@ def scan(
     Raises:
         InputError: There are no workers, or one of them was killed.
     """
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    workers = num_cores() if workers is None else workers
     if workers < 1:
         raise InputError(f"at least one process is needed, got --workers {workers}")
     chunks = {s: [p[i : i + CHUNK] for i in range(0, len(p), CHUNK)] for s, p in pairs.items()}
