@@ -209,6 +209,23 @@ def test_one_stage_over_the_whole_map_is_dense_attention(order, window, training
     assert_same(isa(x), dense(x))
 
 
+def test_what_the_backward_pass_computes_again_leaves_the_state_alone():
+    block = ISABlock(3, 4, 5, 6, (2, 3))
+    names, seen = block.state_dict().keys(), []
+    for norm in (part for part in block.modules() if isinstance(part, nn.BatchNorm2d)):
+        norm.register_forward_hook(lambda *_: seen.append(block.state_dict()))
+    out = block(torch.randn(2, 3, 5, 7))
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    forward = len(seen)
+    out.sum().backward()
+    assert len(seen) > forward
+    # Complete at any moment: a signal may ask for a checkpoint.
+    assert all(state.keys() == names for state in seen)
+    for name, value in block.state_dict().items():
+        assert value.equal(before[name]), name
+        assert not name.endswith("num_batches_tracked") or value == 1
+
+
 # Who sees whom.
 
 

@@ -119,11 +119,23 @@ def test_two_processes_train_and_score_as_one(folder, alone):
 
 
 def ranks_of(process):
-    """Returns the processes of a run by rank: the one that was started, then those it starts."""
+    """Returns the two processes of a run by rank: the one that was started, and its other one."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not children.read_text().split():
+    while True:
+        for pid in map(int, children.read_text().split()):
+            if is_rank(pid, 1):
+                return [process.pid, pid]
         time.sleep(0.05)
-    return [process.pid, *map(int, children.read_text().split())]
+
+
+def is_rank(pid, rank):
+    """Returns whether a process was started as a rank; imports start others, for a moment."""
+    try:
+        return f"LOCAL_RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(
+            b"\0"
+        )
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def is_running(pid):

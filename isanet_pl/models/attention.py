@@ -19,6 +19,7 @@ Parameter names are those of the authors' code (openseg.pytorch, lib/models/modu
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -272,7 +273,8 @@ def _statistics_kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """Keeps a second forward pass of the same batch out of BatchNorm's running statistics."""
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        # A copy counts, for a signal may ask for a checkpoint at any moment: no buffer may lack.
+        norm.momentum, norm.num_batches_tracked = 0.0, deepcopy(norm.num_batches_tracked)
     try:
         yield
     finally:
