@@ -115,10 +115,18 @@ def _label(kinds: Sequence[Kind]) -> list[str]:
     if len(kinds) == 1 or (long and len(set(names)) == len(names)):
         return names
     labels = [", ".join(part) or "base" for part in parts]
+    # Where a checkpoint lies tells the trainings behind it apart, if nothing else does.
+    short = [", ".join(p for p in part if not _is_place(p)) or "base" for part in parts]
+    if len(set(short)) == len(short):
+        return short
     return [
         f"{label} ({name})" if labels.count(label) > 1 else label
         for label, name in zip(labels, names, strict=True)
     ]
+
+
+def _is_place(part: str) -> bool:
+    return part.startswith("checkpoint=") and "/" in part
 
 
 def find_differences(configs: Sequence[Config]) -> list[list[str]]:

@@ -202,6 +202,18 @@ def test_what_may_not_be_compared_is_apart(tmp_path):
             [{"a": 1}, {"a": 1, "new": 1}, {"a": 2, "new": 1}],
             ["base (name 0)", "base (name 1)", "a=2"],
         ),
+        (  # where the weights lie says less than what they are
+            [{"a": 1, "checkpoint": "x/a.ckpt"}, {"a": 2, "checkpoint": "y/a.ckpt"}],
+            ["a=1", "a=2"],
+        ),
+        (
+            [{"a": 1, "checkpoint": "best.ckpt"}, {"a": 2, "checkpoint": "last.ckpt"}],
+            ["a=1, checkpoint=best.ckpt", "a=2, checkpoint=last.ckpt"],
+        ),
+        (
+            [{"checkpoint": "x/a.ckpt"}, {"checkpoint": "y/a.ckpt"}],
+            ["checkpoint=x/a.ckpt", "checkpoint=y/a.ckpt"],
+        ),
         (  # the class says enough
             [{"o": "torch.optim.SGD", "o.momentum": 0.9}, {"o": "torch.optim.AdamW"}],
             ["o=SGD", "o=AdamW"],
