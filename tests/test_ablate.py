@@ -354,8 +354,11 @@ def test_grids_of_the_readme_are_what_they_say(command, monkeypatch, capsys, tmp
     monkeypatch.chdir(ROOT)
     assert main(["--dry-run", "--output", str(tmp_path), *command]) == 0
     lines = capsys.readouterr().out.splitlines()
-    settings = [re.search(r"--name (\S+)/seed\d", line)[1] for line in lines]
-    assert settings == 3 * ["base", "context_none", "context_dense", "order_long", "order_short"]
+    runs = [re.search(r"--name (\S+)/seed(\d)", line).groups() for line in lines]
+    named = " ".join(command).split(" -- ")[0]
+    settings = ["base", *re.findall(r"configs/ablation/(\w+)\.yaml", named)]
+    seeds = re.search(r"--seeds ([\d ]+)", named)[1].split()
+    assert runs == [(setting, seed) for seed in seeds for setting in settings]
 
 
 def test_the_readme_has_a_grid():
