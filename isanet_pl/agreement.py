@@ -19,7 +19,7 @@ def check_agreement(
     class_names: Sequence[str],
     state: Mapping[str, Tensor],
 ) -> None:
-    """Returns nothing if a checkpoint's weights do in a network what they were trained to do.
+    """Refuses a checkpoint whose weights would not do in a network what they were trained to do.
 
     Equal shapes are not enough: other windows, say, take the same weights and compute another
     function.

@@ -273,7 +273,7 @@ def _statistics_kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """Keeps a second forward pass of the same batch out of BatchNorm's running statistics."""
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        # A copy counts, for a signal may ask for a checkpoint at any moment: no buffer may lack.
+        # A copy counts: a signal may ask for a checkpoint at any moment, which needs all buffers.
         norm.momentum, norm.num_batches_tracked = 0.0, deepcopy(norm.num_batches_tracked)
     try:
         yield
