@@ -149,7 +149,7 @@ def measure_heads(
             facts[name] = {
                 "parameters": sum(p.numel() for p in module.parameters()),
                 "gmacs": gmacs(_inference(copy.deepcopy(ready).to(dtype).eval(), x)) / batch,
-                "peak_mib": peak_mib(call),
+                "peak_mib": peak_mib(call, device),
                 "saved_mib": _saved(ready, x, dtype) if train else None,
             }
             calls[name] = call
@@ -159,7 +159,7 @@ def measure_heads(
             work = facts[name]["gmacs"] * batch * (3 if train else 1)
             share = work / (spread(times)["min"] / 1000) / ceiling
             rows.append(
-                {"heap": heap(), "form": form, "size": f"{size[0]}x{size[1]}", "mode": mode,
+                {"heap": heap(device), "form": form, "size": f"{size[0]}x{size[1]}", "mode": mode,
                  "batch": batch, "dtype": dtype_name, "head": name, **facts[name], **spread(times),
                  "ceiling_share": share}
             )  # fmt: skip
@@ -194,23 +194,26 @@ def _saved(module: nn.Module, x: Tensor, dtype: torch.dtype) -> float:
 
 def measure_growth(args: argparse.Namespace) -> list[Row]:
     """Returns the cost of the attention alone, on 512 channels, by size of map and window."""
-    dense = {"down_factor": (1, 1), "order": "long"}  # one window for each position
     edges = args.growth
-    cells = [("ISA", {}, edge, 8) for edge in edges]
-    cells += [("dense attention", dense, edge, 1) for edge in edges if edge <= args.largest_dense]
+    cells = [("ISA", edge, 8) for edge in edges]
+    cells += [("dense attention", edge, 1) for edge in edges if edge <= args.largest_dense]
     middle = 128 if 128 in edges else edges[-1]
-    cells += [("window", {"down_factor": (w, w)}, middle, w) for w in (1, 2, 4, 8, 16, 32)]
+    cells += [("window", middle, window) for window in (1, 2, 4, 8, 16, 32)]
     dtype = DTYPES[args.dtype[0]]
     rows = []
-    for name, options, size, window in track(cells, "growth", transient=True):
+    for name, size, window in track(cells, "growth", transient=True):
         x = torch.randn(1, 512, size, size, device=args.device)
-        ready, x = prepare(name, ISABlock(512, *WIDTHS, **options), x, False)
+        if name == "dense attention":
+            block: nn.Module = DenseAttention(512, WIDTHS[0], WIDTHS[2]).attention
+        else:
+            block = ISABlock(512, *WIDTHS, down_factor=(window, window))
+        ready, x = prepare(name, block, x, False)
         ready, x = ready.to(args.device, dtype), x.to(dtype)
         call = _inference(ready, x)
         times = alternate({"call": call}, max(3, args.rounds // 2), warmup=1)["call"]
         rows.append(
-            {"heap": heap(), "dtype": args.dtype[0], "kind": name, "size": size, "window": window,
-             "gmacs": gmacs(call), "peak_mib": peak_mib(call), **spread(times)}
+            {"heap": heap(args.device), "dtype": args.dtype[0], "kind": name, "size": size,
+             "window": window, "gmacs": gmacs(call), "peak_mib": peak_mib(call, args.device), **spread(times)}
         )  # fmt: skip
     return rows
 
@@ -264,10 +267,10 @@ def measure_networks(args: argparse.Namespace) -> list[Row]:
         }
         for name, times in alternate(calls, args.network_rounds, warmup=1).items():
             rows.append(
-                {"heap": heap(), "network": name, "size": f"{size[0]}x{size[1]}", "mode": mode,
-                 "batch": batch, "dtype": args.dtype[-1],
+                {"heap": heap(args.device), "network": name, "size": f"{size[0]}x{size[1]}",
+                 "mode": mode, "batch": batch, "dtype": args.dtype[-1],
                  "images_per_s": 1000 * batch / spread(times)["median"],
-                 "peak_mib": peak_mib(calls[name]), **spread(times)}
+                 "peak_mib": peak_mib(calls[name], args.device), **spread(times)}
             )  # fmt: skip
     return rows
 
@@ -301,7 +304,8 @@ def _network_call(
 def parse() -> argparse.Namespace:
     """Returns the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                        help="where to measure (%(default)s)")  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(DTYPES), nargs="+", default=["float32"],
                         help="of inference; training runs under autocast")  # fmt: skip
     parser.add_argument("--forms", nargs="*", choices=("direct", "reduced"),
@@ -321,7 +325,8 @@ def parse() -> argparse.Namespace:
         help="the largest of them for dense attention, which takes 8 EDGE^4 bytes",
     )  # fmt: skip
     parser.add_argument("--networks", action="store_true", help="measure whole networks as well")
-    parser.add_argument("--backbones", nargs="*", default=["resnet18", "resnet50", "resnet101"])
+    parser.add_argument("--backbones", nargs="*", default=["resnet18", "resnet50", "resnet101"],
+                        help="of the networks")  # fmt: skip
     parser.add_argument("--network_sizes", type=int, nargs="*", default=[512, 1024, 769, 769],
                         metavar="H W", help="of the images, in pairs")  # fmt: skip
     parser.add_argument("--network_rounds", type=int, default=3, help="timed calls of each network")
@@ -332,9 +337,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def heap() -> str:
+def heap(device: str) -> str:
     """Returns who hands out memory."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         return "CUDA"
     return "jemalloc" if "jemalloc" in os.environ.get("LD_PRELOAD", "") else "default"
 
@@ -345,24 +350,25 @@ def main() -> None:
     torch.manual_seed(0)
     sizes = [tuple(args.size)] if args.size else [(edge, edge) for edge in args.sizes]
     cells = [(d, form, size) for d in args.dtype for form in args.forms for size in sizes]
-    record = add(args.output)
+    record = add(args)
     for cell in track(cells, "heads", transient=True):
-        record = add(args.output, heads=measure_heads(args, *cell))
+        record = add(args, heads=measure_heads(args, *cell))
     if args.growth:
-        record = add(args.output, growth=measure_growth(args))
+        record = add(args, growth=measure_growth(args))
     if args.networks:
-        record = add(args.output, networks=measure_networks(args))
+        record = add(args, networks=measure_networks(args))
     text = short_markdown(record)
     print(text)
     if args.readme:
         write_block(args.readme, "efficiency", text)
 
 
-def add(output: Path, **rows: list[Row]) -> dict[str, Any]:
+def add(args: argparse.Namespace, **rows: list[Row]) -> dict[str, Any]:
     """Writes new rows to the folder; returns all that it holds."""
-    new = {"machine": machine(), "torch": torch.__version__, **{name: [] for name in KEYS}, **rows}
-    record = keep(output / "efficiency.json", new)
-    write(output, record)
+    facts = {"machine": machine(args.device), "torch": torch.__version__}
+    new = {**facts, **{name: [] for name in KEYS}, **rows}
+    record = keep(args.output / "efficiency.json", new)
+    write(args.output, record)
     return record
 
 

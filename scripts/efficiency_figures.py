@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from efficiency_tables import DENSE, Row, edges, representative
+from efficiency_tables import DENSE, Row, edges, representative, representative_growth
 from matplotlib.figure import Figure
 
 
 def draw_growth(rows: Sequence[Row], path: Path) -> None:
     """Draws how time and memory grow with the map, and which window is the cheapest."""
+    rows = representative_growth(rows)
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     time_axis, memory_axis, window_axis = figure.subplots(1, 3)
     ticks = sorted({row["size"] for row in rows if row["kind"] != "window"})
@@ -24,16 +25,26 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
         axis.legend()
     windows = [row for row in rows if row["kind"] == "window"]
     sides = [row["window"] for row in windows]
-    window_axis.plot(sides, [row["median"] for row in windows], "o-", color="C2")
+    times = [row["median"] for row in windows]
+    window_axis.plot(sides, times, "o-", color="C2")
+    for side, time in zip(sides, times, strict=True):
+        window_axis.annotate(
+            f"{time:.0f}", (side, time), (0, 6), textcoords="offset points", ha="center"
+        )
     window_axis.set(
         xscale="log",
         yscale="log",
-        xlabel=f"window at {windows[0]['size']}x{windows[0]['size']}",
+        xlabel=f"edge of ISA's window, map of {windows[0]['size']}x{windows[0]['size']}",
         ylabel="ms",
     )
+    window_axis.margins(x=0.1, y=0.15)
     window_axis.set_xticks(sides, [str(side) for side in sides])
+    window_axis.set_yticks([])
     window_axis.minorticks_off()
-    figure.suptitle(f"Inference of the attention on 512 channels, {rows[0]['dtype']}")
+    figure.suptitle(
+        f"Inference of the attention on 512 channels, {rows[0]['dtype']}, "
+        f"memory by {rows[0]['heap']}"
+    )
     figure.savefig(path, dpi=110)
 
 
@@ -55,5 +66,8 @@ def draw_heads(rows: Sequence[Row], path: Path) -> None:
         axis.margins(x=0.12)
         axis.set_xlabel(label)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Inference, [1, 2048, {largest.replace('x', ', ')}], {rows[0]['dtype']}")
+    figure.suptitle(
+        f"Inference in the direct form, [1, 2048, {largest.replace('x', ', ')}], "
+        f"{rows[0]['dtype']}, memory by {rows[0]['heap']}"
+    )
     figure.savefig(path, dpi=110)

@@ -63,9 +63,9 @@ def short_markdown(record: dict[str, Any]) -> str:
     parts = [_measured_on(record)]
     if find_ratios(record["heads"]):
         parts += [
-            "How many times as fast ISA is, by who serves the memory: geometric mean over the "
-            "sizes measured (least to most). And the share that it keeps of what the yardstick "
-            "keeps for the backward pass:",
+            "How many times as fast as each yardstick ISA is, by who serves the memory: geometric "
+            "mean over the sizes measured (least to most). Keeps: what ISA holds for the backward "
+            "pass as a share of what the yardstick holds, at the size where that is most.",
             ratio_summary(record["heads"]),
         ]
     for _, group in grouped(representative(record["heads"]), ("mode",)):

@@ -35,6 +35,12 @@ def representative(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["form"] == "direct"]
 
 
+def representative_growth(rows: Sequence[Row]) -> list[Row]:
+    """Returns the growth sweep in one dtype, with retained memory if it was so measured."""
+    groups = grouped(rows, ("heap", "dtype"))
+    return max(groups, key=lambda group: (group[0][0] != "default", group[0][1] == "float32"))[1]
+
+
 @dataclass(frozen=True)
 class Ratios:
     """How many times as fast as a yardstick ISA is.
@@ -192,6 +198,7 @@ def network_grid(rows: Sequence[Row]) -> str:
 
 def exponents(rows: Sequence[Row]) -> str:
     """Returns a sentence: how time and memory of the attention grow with the positions N."""
+    rows = representative_growth(rows)
     parts = []
     for kind in ("ISA", DENSE):
         found = [row for row in rows if row["kind"] == kind][-2:]
@@ -201,7 +208,13 @@ def exponents(rows: Sequence[Row]) -> str:
             time = math.log(large["median"] / small["median"]) / steps
             memory = math.log(large["peak_mib"] / small["peak_mib"]) / steps
             parts.append(
-                f"{kind} with N^{time:.2f} in time and N^{memory:.2f} in memory (from "
-                f"{small['size']} to {large['size']})"
+                f"those of {kind} with N^{time:.2f} and N^{memory:.2f} (edges {small['size']} to "
+                f"{large['size']})"
             )
-    return f"With the number of positions N grow: {'; '.join(parts)}." if parts else ""
+    if not parts:
+        return ""
+    return (
+        "Time and memory of the attention alone grow with the number N of positions "
+        f"({rows[0]['dtype']}, memory by {rows[0]['heap']}, ISA with windows of 8x8): "
+        f"{', '.join(parts)}."
+    )

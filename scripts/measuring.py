@@ -56,12 +56,12 @@ def gmacs(call: Call) -> float:
     return counter.get_total_flops() / 2e9
 
 
-def peak_mib(call: Call) -> float:
+def peak_mib(call: Call, device: str = "cpu") -> float:
     """Returns the most MiB of tensors that a call has alive at once, beyond those before it.
 
     On a GPU by its allocator, on a CPU by the allocations that PyTorch's profiler sees.
     """
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
@@ -121,9 +121,9 @@ def conv_ceiling(size: tuple[int, int], dtype: torch.dtype, device: str, rounds:
     return 2048 * 512 * size[0] * size[1] / 1e6 / min(times)
 
 
-def machine() -> str:
+def machine(device: str = "cpu") -> str:
     """Returns the GPU's name, or the processor and the threads in use."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         return torch.cuda.get_device_name()
     count = torch.get_num_threads()
     threads = "1 thread" if count == 1 else f"{count} threads"

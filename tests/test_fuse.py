@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_attention import randomise
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from isanet_pl.models import ISABlock, ISAModule, ISANet, SelfAttentionBlock2D, fuse_for_inference
 from isanet_pl.models.fuse import FusedSelfAttention
@@ -85,8 +86,9 @@ def test_every_option_folds(options):
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
 def test_parts_fold_as_well(size):
     x = torch.randn(2, 6, *size).double()
-    block = randomise(SelfAttentionBlock2D(6, 4, 5, 7, value_bias=True)).double()
-    assert isinstance(check(block, x, 1e-12), FusedSelfAttention)
+    for value_channels in (5, 9):  # narrower than the output, and wider
+        block = randomise(SelfAttentionBlock2D(6, 4, value_channels, 7, value_bias=True)).double()
+        assert isinstance(check(block, x, 1e-12), FusedSelfAttention)
     check(randomise(ISABlock(6, 4, 5, 7, (3, 2))).double(), x, 1e-12)
     check(randomise(ISAModule(6, 4, 5, 7, ((3, 2),))).double(), x, 1e-12)
 
@@ -119,6 +121,17 @@ def test_folding_makes_the_network_smaller():
     count = [len(list(m.modules())) for m in (network, fused)]
     assert sum(p.numel() for p in fused.parameters()) < sum(p.numel() for p in network.parameters())
     assert count[0] >= count[1]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_folding_never_adds_arithmetic(context):
+    network = small(context=context).eval()
+    counts = []
+    for each in (network, fuse_for_inference(network)):
+        with FlopCounterMode(display=False) as counter:
+            each(torch.randn(1, 3, 104, 104))
+        counts.append(counter.get_total_flops())
+    assert counts[1] <= counts[0]
 
 
 def test_predict_of_a_folded_network():

@@ -85,7 +85,7 @@ def test_benchmark_efficiency_writes_everything(tmp_path):
         f"| ISA, plain formulation | direct | training | float32 | {ratio:.2f}x ({ratio:.2f} to "
         f"{ratio:.2f}) | {share:.2f} |"
     ) in text
-    assert "With the number of positions N grow: ISA with N^" in text
+    assert "ISA with windows of 8x8): those of ISA with N^" in text
 
 
 def test_ratios_are_means_over_the_sizes_that_both_were_measured_at(scripts_on_path):
@@ -112,6 +112,26 @@ def test_ratios_are_means_over_the_sizes_that_both_were_measured_at(scripts_on_p
         "| dense attention | direct | training | float32 | 4.00x (2.00 to 8.00) "
         "| 3.00x (3.00 to 3.00) | 0.25 |",
     ]
+
+
+def test_growth_is_that_of_one_dtype_and_one_way_of_serving_memory(scripts_on_path):
+    from efficiency_tables import exponents
+
+    rows = [
+        {"heap": heap, "dtype": dtype, "kind": "ISA", "size": size, "median": ms, "peak_mib": mib}
+        for heap, dtype, size, ms, mib in (
+            ("default", "float32", 32, 9.0, 1.0),
+            ("default", "float32", 64, 9.0, 1.0),
+            ("jemalloc", "bfloat16", 32, 9.0, 1.0),
+            ("jemalloc", "float32", 32, 1.0, 1.0),
+            ("jemalloc", "float32", 64, 8.0, 4.0),  # positions times 4
+        )
+    ]
+    assert exponents(rows) == (
+        "Time and memory of the attention alone grow with the number N of positions (float32, "
+        "memory by jemalloc, ISA with windows of 8x8): those of ISA with N^1.50 and N^1.00 (edges "
+        "32 to 64)."
+    )
 
 
 def test_networks_stand_in_a_grid_of_sizes(scripts_on_path):

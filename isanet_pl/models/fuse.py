@@ -19,8 +19,9 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def fuse_for_inference(module: ModuleT, dtype: torch.dtype | None = None) -> ModuleT:
     """Returns a folded copy of a network or a part of one, in eval mode, with the same results.
 
-    BatchNorm becomes part of the conv before it; in an attention block, value and output conv
-    become one. The copy has other parameters than the original and cannot be trained.
+    BatchNorm becomes part of the conv before it; in an attention block whose output is no wider
+    than its value, value and output conv become one. The copy has other parameters than the
+    original and cannot be trained.
 
     Args:
         module: An `ISANet`, or any module whose BatchNorms follow their convs in the order of
@@ -74,10 +75,14 @@ class FusedSelfAttention(nn.Module):
         self.key = _fold(block.f_key[0], block.f_key[1])
         self.query2 = _fold(block.f_query[3], block.f_query[4])
         self.key2 = _fold(block.f_key[3], block.f_key[4])
-        # W (A (V x + b)) = A (W V x) + W b, because each row of the affinity A sums to one.
+        # W (A (V x + b)) = A (W V x) + W b, because each row of the affinity A sums to one. Not
+        # where W widens the value: A would be multiplied with more channels, at a higher cost.
         out = _fold(block.W[0], block.W[1])
         value, weight = block.f_value, out.weight.flatten(1)
-        self.value_weight = nn.Parameter((weight @ value.weight.flatten(1))[..., None, None])
+        merged = (weight @ value.weight.flatten(1))[..., None, None]
+        merge = value.out_channels >= out.out_channels
+        self.value_weight = nn.Parameter(merged if merge else value.weight)
+        self.out_weight = None if merge else nn.Parameter(out.weight)
         bias = out.bias if value.bias is None else out.bias + weight @ value.bias
         self.out_bias = nn.Parameter(bias)
 
@@ -97,6 +102,7 @@ class FusedSelfAttention(nn.Module):
         key = self.key2(self._activate(key, self.key.bias))
         query, key = self._activate(query), self._activate(key)
         out = attend_along(query, key, value, along, mask, self.sdpa)
+        out = out if self.out_weight is None else F.conv2d(out, self.out_weight)
         out = self._activate(out, self.out_bias)
         return out.transpose(2, 3) if along == "places" else out
 
