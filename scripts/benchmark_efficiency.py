@@ -213,7 +213,8 @@ def measure_growth(args: argparse.Namespace) -> list[Row]:
         times = alternate({"call": call}, max(3, args.rounds // 2), warmup=1)["call"]
         rows.append(
             {"heap": heap(args.device), "dtype": args.dtype[0], "kind": name, "size": size,
-             "window": window, "gmacs": gmacs(call), "peak_mib": peak_mib(call, args.device), **spread(times)}
+             "window": window, "gmacs": gmacs(call),
+             "peak_mib": peak_mib(call, args.device), **spread(times)}
         )  # fmt: skip
     return rows
 
