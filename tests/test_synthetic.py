@@ -1,21 +1,27 @@
 """The made-up scenes: reproducible, and their classes told by the lamp alone."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from isanet_pl.data import Synthetic
 from isanet_pl.data.synthetic import (
+    BALL_INSET,
     BALL_RADIUS,
+    BALL_SHIFT,
     CELL,
     LAMP_INSET,
     LAMP_RADIUS,
     SyntheticDataset,
 )
 from isanet_pl.errors import InputError
+from isanet_pl.models import ISANet
 
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 PALETTE = np.array(Synthetic.palette, dtype=np.uint8)
 CORNERS = [(0, 0), (0, -1), (-1, 0), (-1, -1)]  # which cell: first or last row, column
 
@@ -100,8 +106,8 @@ def test_no_two_scenes_are_the_same_in_any_split_or_seed():
 @pytest.mark.parametrize("cells", [2, 3, 4])
 def test_shapes_and_types(cells):
     for sample in itertools.islice(make(num_images=6, cells=cells), 6):
-        assert sample["image"].shape == (3, 64 * cells, 64 * cells)
-        assert sample["mask"].shape == (64 * cells, 64 * cells)
+        assert sample["image"].shape == (3, CELL * cells, CELL * cells)
+        assert sample["mask"].shape == (CELL * cells, CELL * cells)
         assert sample["image"].dtype == sample["mask"].dtype == torch.uint8
         assert sample["image"].is_contiguous()
         image, mask = as_arrays(sample)
@@ -133,10 +139,10 @@ def test_all_colours_and_all_corners_occur_together(scenes):
     assert found == {(corner, colour) for corner in CORNERS for colour in (1, 2, 3, 4)}
 
 
-def test_balls_are_round_and_sit_in_the_middle_of_cells_without_lamp(scenes):
+def test_balls_are_round_and_sit_in_the_opposite_corner_of_cells_without_lamp(scenes):
     cells_used = set()
     least, most = BALL_RADIUS
-    middle = np.arange(CELL) + 0.5 - CELL / 2
+    middle = np.arange(CELL) + 0.5
     for image, mask in scenes:
         corner, _ = find_lamp(image)
         balls = in_cells(mask > 0)
@@ -148,7 +154,9 @@ def test_balls_are_round_and_sit_in_the_middle_of_cells_without_lamp(scenes):
             assert 0.95 * np.pi * least**2 < area < 1.05 * np.pi * most**2
             y = (middle * ball.sum(1)).sum() / area
             x = (middle * ball.sum(0)).sum() / area
-            assert max(abs(y), abs(x)) < 4.3
+            for centre, lamp in zip((y, x), corner, strict=True):
+                place = CELL - BALL_INSET if lamp == 0 else BALL_INSET
+                assert abs(centre - place) < BALL_SHIFT + 0.3
             distance = np.hypot(middle[:, None] - y, middle[None, :] - x)
             assert ball[distance < least - 1].all()
             assert not ball[distance > np.sqrt(area / np.pi) + 1.5].any()
@@ -183,22 +191,37 @@ def test_the_lamp_hugs_its_corner(scenes):
         shown = in_cells(lit(index, image))
         assert shown[corner].sum() > 2 * LAMP_RADIUS**2
         # No more than half a cell from the corner, in either direction.
-        inner = [slice(32, None) if i == 0 else slice(None, 32) for i in corner]
+        inner = [slice(CELL // 2, None) if i == 0 else slice(None, CELL // 2) for i in corner]
         assert not shown[corner][inner[0]].any()
         assert not shown[corner][:, inner[1]].any()
         shown[corner] = False
         assert not shown.any()
 
 
-def test_lamp_and_balls_never_have_one_place_in_their_windows(scenes):
-    # The long range links equal places of all windows: it alone must not lead to the lamp.
-    wrong = []
-    for index, (image, mask) in enumerate(scenes):
-        lamp_places = in_cells(lit(index, image)).any((0, 1))
-        ball_places = in_cells(mask > 0).any((0, 1))
-        if (lamp_places & ball_places).any():
-            wrong.append(index)
-    assert wrong == []
+@pytest.mark.parametrize("cells", [2, 3])
+@pytest.mark.parametrize(
+    ("options", "reached"),
+    [
+        pytest.param({}, True, id="isa"),
+        pytest.param({"context": "dense"}, True, id="dense"),
+        pytest.param({"order": "long"}, False, id="long alone"),
+        pytest.param({"order": "short"}, False, id="short alone"),
+        pytest.param({"context": "none"}, False, id="none"),
+    ],
+)
+def test_only_both_stages_together_lead_from_the_lamp_to_a_ball(options, reached, cells):
+    # Whatever it has learnt: with another colour of the lamp, the logits at balls change or do not.
+    config = yaml.safe_load(QUICKSTART.read_text())["model"]["network"]
+    torch.manual_seed(0)
+    network = ISANet(len(PALETTE), **{**config, **options}).double().eval()
+    scenes = make(cells=cells), make(cells=cells, palette=PALETTE[[0, 2, 3, 4, 1]])
+    for index in range(5):
+        one, other = (kind[index] for kind in scenes)
+        assert not torch.equal(one["image"], other["image"])
+        with torch.inference_mode():
+            logits = [network(scene["image"][None].double())["out"][0] for scene in (one, other)]
+        changed = (logits[0] - logits[1]).abs().amax(0) > 0
+        assert changed[one["mask"] > 0].all() if reached else not changed[one["mask"] > 0].any()
 
 
 # As a data module
@@ -210,8 +233,8 @@ def test_loaders():
     data.setup("test")
     assert data.num_classes == len(data.palette) == 5
     batches = list(data.train_dataloader())
-    assert [batch["image"].shape for batch in batches] == [(2, 3, 128, 128)] * 2
-    assert [batch["mask"].shape for batch in batches] == [(2, 128, 128)] * 2
+    assert [batch["image"].shape for batch in batches] == [(2, 3, 2 * CELL, 2 * CELL)] * 2
+    assert [batch["mask"].shape for batch in batches] == [(2, 2 * CELL, 2 * CELL)] * 2
     assert len(list(data.val_dataloader())) == len(list(data.test_dataloader())) == 3
 
 

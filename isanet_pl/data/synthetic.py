@@ -11,10 +11,10 @@ from isanet_pl.data.datamodule import SegmentationDataModule, Split
 from isanet_pl.data.dataset import Sample
 from isanet_pl.errors import InputError
 
-CELL = 64
+CELL = 80
 """Pixels of a cell; the scene is a lattice of cells."""
-LAMP_INSET, LAMP_RADIUS = 9, 9
-BALL_RADIUS = (9, 14)
+LAMP_INSET, LAMP_RADIUS = 8, 8
+BALL_INSET, BALL_SHIFT, BALL_RADIUS = 19, 2, (8, 11)
 Array = npt.NDArray[np.float32]
 
 
@@ -22,11 +22,12 @@ class SyntheticDataset(Dataset[Sample]):
     """Scenes of grey balls on a soft background with one coloured lamp in a corner.
 
     The class of every ball is the lamp's colour; nothing near a ball tells it. So that neither
-    stage of ISA can do it alone, the scene keeps to a lattice of 64-pixel cells: the lamp hugs the
-    outer corner of a corner cell, balls sit at the centres of the other cells. With windows of
-    64 pixels the long range does not lead from the lamp to a ball (their places in the window
-    differ), nor does the short range (their windows differ). A backbone must not see further than
-    about 20 pixels, such as a ResNet-18 up to its first stage, or it solves the task by itself.
+    stage of ISA can do it alone, the scene keeps to a lattice of 80-pixel cells: the lamp hugs the
+    outer corner of a corner cell, balls sit in the opposite corner of the other cells. With windows
+    of 80 pixels the long range does not lead from the lamp to a ball (their places in the window
+    differ), nor does the short range (their windows differ), even where both are blurred by a
+    backbone that sees 21 pixels far, as a ResNet-18 up to its first stage does. One that sees
+    further may solve the task by itself.
 
     Args:
         num_images: Length.
@@ -62,8 +63,11 @@ class SyntheticDataset(Dataset[Sample]):
         lamp = np.where(corner == 0, LAMP_INSET, self.cells * CELL - LAMP_INSET).astype(np.float32)
         corner_cell = tuple(corner * (self.cells - 1))
         free = [c for c in np.ndindex(self.cells, self.cells) if c != corner_cell]
+        place = np.where(corner == 0, CELL - BALL_INSET, BALL_INSET)
         for choice in rng.permutation(len(free))[: rng.integers(3, 6)]:
-            rows, columns, ball = self._draw_ball(rng, image, free[choice], lamp)
+            shift = rng.uniform(-BALL_SHIFT, BALL_SHIFT, size=2)
+            centre = (np.array(free[choice]) * CELL + place + shift).astype(np.float32)
+            rows, columns, ball = self._draw_ball(rng, image, centre, lamp)
             mask[rows, columns][ball] = colour
         self._draw_lamp(image, lamp, self.palette[colour].astype(np.float32))
         pixels = image.clip(0, 255).astype(np.uint8).transpose(2, 0, 1).copy()
@@ -93,10 +97,9 @@ class SyntheticDataset(Dataset[Sample]):
         return rows, columns, y, x
 
     def _draw_ball(
-        self, rng: np.random.Generator, image: Array, cell: tuple[int, ...], lamp: Array
+        self, rng: np.random.Generator, image: Array, centre: Array, lamp: Array
     ) -> tuple[slice, slice, npt.NDArray[np.bool_]]:
         """Draws a grey sphere lit from the lamp; returns rows, columns and which pixels of them."""
-        centre = ((np.array(cell) + 0.5) * CELL + rng.uniform(-4, 4, size=2)).astype(np.float32)
         radius = rng.uniform(*BALL_RADIUS)
         rows, columns, y, x = self._around(centre, radius)
         y, x = y / radius, x / radius
@@ -109,7 +112,7 @@ class SyntheticDataset(Dataset[Sample]):
         return rows, columns, inside
 
     def _draw_lamp(self, image: Array, centre: Array, colour: Array) -> None:
-        rows, columns, y, x = self._around(centre, 2 * LAMP_RADIUS)
+        rows, columns, y, x = self._around(centre, 1.5 * LAMP_RADIUS)
         patch = image[rows, columns]
         y, x = y[: patch.shape[0]], x[:, : patch.shape[1]]
         glow = np.exp(-(((y**2 + x**2) / LAMP_RADIUS**2) ** 2))[..., None]
@@ -125,7 +128,7 @@ class Synthetic(SegmentationDataModule):
     Args:
         num_train: Training images; each is a function of `seed` and its number.
         num_eval: Validation images, and as many test images.
-        cells: Cells of 64 pixels along each side of the image, at least 2.
+        cells: Cells of 80 pixels along each side of the image, at least 2.
         seed: Of the images, independent of the seed of the training.
         kwargs: See `SegmentationDataModule`; `root` and the augmentation are not used.
     """
