@@ -68,6 +68,7 @@ BY_EPOCHS = {
     "trainer.val_check_interval": 1.0,
     "trainer.check_val_every_n_epoch": 1,
     "trainer.accumulate_grad_batches": 2,
+    "data.num_train": 14,
 }
 
 
@@ -140,8 +141,9 @@ def stopped(half, tmp_path):
 # The same end
 
 
-# Every third step is validated. An epoch has 5 batches: in iterations step 5 ends one; in epochs a
-# step takes two batches, the third step of an epoch only one, and ends it.
+# Every third step is validated. In iterations an epoch has 5 batches, and step 5 ends one; in
+# epochs a step takes two batches, and the third ends one: what would be the seventh batch is left
+# to the next epoch.
 @pytest.mark.parametrize("step", [1, 3, 5, 6])
 def test_a_run_that_goes_on_ends_as_if_it_had_not_stopped(whole, step, tmp_path, scripts_on_path):
     from stress_resume import COMPARED, differences

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import fails_naming, make_folder
@@ -26,9 +27,9 @@ class Numbers(torch.utils.data.Dataset):
         return index, float(torch.rand(()))
 
 
-def draws_of(length, batch_size, position, rank=0, num_ranks=1):
+def draws_of(length, batch_size, *place):
     """Returns the draws of an epoch, batch by batch."""
-    sampler = DrawSampler(DrawnSamples(Numbers(length), 0), batch_size, position, rank, num_ranks)
+    sampler = DrawSampler(DrawnSamples(Numbers(length), 0), batch_size, *place)
     draws = list(sampler)
     assert len(draws) == len(sampler)
     return [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
@@ -95,17 +96,21 @@ def test_a_sample_leaves_the_random_numbers_of_the_process_alone():
     length=st.integers(1, 60),
     batch_size=st.integers(1, 4),
     num_ranks=st.integers(1, 4),
+    accumulated=st.integers(1, 4),
     start=st.integers(0, 1000),
 )
-def test_ranks_share_out_the_batches_of_one_process(length, batch_size, num_ranks, start):
-    one = draws_of(length, batch_size * num_ranks, Position(0, start))
+def test_ranks_share_out_the_batches_of_one_process(
+    length, batch_size, num_ranks, accumulated, start
+):
+    one = draws_of(length, batch_size * num_ranks, Position(0, start), 0, 1, accumulated)
     ranks = [
-        draws_of(length, batch_size, Position(0, start), rank, num_ranks)
+        draws_of(length, batch_size, Position(0, start), rank, num_ranks, accumulated)
         for rank in range(num_ranks)
     ]
     together = [[draw for part in parts for draw in part] for parts in zip(*ranks, strict=True)]
     assert together == one
-    assert len(one) == length // (batch_size * num_ranks)
+    steps = length // (batch_size * num_ranks * accumulated)
+    assert len(one) == accumulated * max(1, steps)
     flat = [draw for batch in one for draw in batch]
     assert flat == list(range(start, start + len(flat)))
 
@@ -168,6 +173,70 @@ def test_nothing_is_shown_twice_or_left_out_when_the_batch_changes(five):
     second.load_state_dict(first.state_dict())
     names += next(iter(second.train_dataloader()))["name"]
     assert len(set(names)) == 5
+
+
+class Watched(pl.LightningModule):
+    """Trains one number; notes the images of each step, and the steps that are validated.
+
+    Saves a checkpoint after each step, as `LastCheckpoint` does.
+    """
+
+    def __init__(self, folder):
+        super().__init__()
+        self.number = torch.nn.Parameter(torch.ones(()))
+        self.folder = folder
+        self.names, self.steps, self.validated = [], [], []
+
+    def training_step(self, batch, batch_idx):
+        self.names += batch["name"]
+        return self.number
+
+    def on_before_optimizer_step(self, optimizer):
+        self.steps.append(self.names)
+        self.names = []
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if not self.names:
+            self.trainer.save_checkpoint(self.folder / f"{self.trainer.global_step}.ckpt")
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def on_validation_end(self):
+        self.validated.append(self.trainer.global_step)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("accumulated", [2, 3, 4, 7])  # of 5 batches to a pass
+def test_every_step_sees_all_of_its_batches(five, tmp_path, accumulated):
+    def fit(folder, checkpoint=None):
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = pl.Trainer(
+            max_steps=6,
+            max_epochs=-1,
+            accumulate_grad_batches=accumulated,
+            val_check_interval=2 * accumulated,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            accelerator="cpu",
+            enable_model_summary=False,
+            **quiet,
+        )
+        watched = Watched(folder)
+        trainer.fit(watched, make_data(five, batch_size=1), ckpt_path=checkpoint)
+        return watched
+
+    whole = fit(tmp_path)
+    assert [len(names) for names in whole.steps] == [accumulated] * 6
+    assert whole.validated == [2, 4, 6]
+    shown = [name for names in whole.steps for name in names]
+    assert all(len(set(shown[i : i + 5])) == 5 for i in range(0, len(shown) - 5, 5))
+    for step in (1, 3):
+        resumed = fit(tmp_path / "resumed", tmp_path / f"{step}.ckpt")
+        assert resumed.steps == whole.steps[step:]
+        assert resumed.validated == [at for at in (2, 4, 6) if at > step]
 
 
 def test_another_sampler_leaves_the_position(five):

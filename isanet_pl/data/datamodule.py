@@ -314,7 +314,8 @@ class SegmentationDataModule(pl.LightningDataModule):
         """Returns shuffled, augmented batches, all of them full, as BatchNorm wants them."""
         assert self._position is not None, "setup('fit') comes first"
         samples = DrawnSamples(self._datasets["train"], self._position.seed, self.skip_broken)
-        sampler = DrawSampler(samples, self.batch_size, self._position, *self._ranks)
+        accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        sampler = DrawSampler(samples, self.batch_size, self._position, *self._ranks, accumulated)
         if self.skip_broken:
             self._broken = BrokenFiles(len(samples), sampler.images_per_step, self._add_up)
         return DrawLoader(samples, batch_size=self.batch_size, sampler=sampler, **self._loading())

@@ -108,6 +108,7 @@ class DrawSampler(DistributedSampler[int]):
     """Yields the draws of one rank for an epoch, from where the stream stands.
 
     Batch j of an epoch is the same set of draws whatever the number of ranks: they share it out.
+    An epoch is a pass over the images, rounded down to whole optimiser steps, but at least one.
 
     Args:
         samples: The stream.
@@ -115,6 +116,7 @@ class DrawSampler(DistributedSampler[int]):
         position: Where the stream stands; `DrawLoader` moves it.
         rank: This process.
         num_ranks: Processes.
+        accumulated: Batches of an optimiser step.
     """
 
     # A DistributedSampler, for Lightning leaves those as they are where there are several ranks.
@@ -125,12 +127,15 @@ class DrawSampler(DistributedSampler[int]):
         position: Position,
         rank: int = 0,
         num_ranks: int = 1,
+        accumulated: int = 1,
     ) -> None:
         super().__init__(samples, num_ranks, rank, shuffle=False, drop_last=True)
         self.batch_size = batch_size
         self.images_per_step = batch_size * num_ranks
         self.position = position
-        self.num_batches = len(samples) // self.images_per_step
+        # Lightning steps at the end of an epoch, however few batches it has accumulated by then.
+        num_steps = len(samples) // (self.images_per_step * accumulated)
+        self.num_batches = max(1, num_steps) * accumulated
 
     def __len__(self) -> int:
         return self.num_batches * self.batch_size
