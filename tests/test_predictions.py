@@ -163,6 +163,7 @@ def test_inference_settings_travel_with_the_checkpoint_and_can_be_changed(photos
     ("data", "expected"),
     [
         (Cityscapes(), [7, 8, 11]),
+        (Cityscapes(labels="labelTrainIds"), [7, 8, 11]),  # the server knows no others
         (ADE20K(), [1, 2, 3]),
         (SegmentationFolder(class_names=["a", "b"]), [0, 1]),
         (

@@ -103,6 +103,10 @@ class Cityscapes(SegmentationDataModule):
         if coarse:
             self.num_images = {**self.num_images, "train": self.num_images["train"] + 19997}
 
+    def mask_codes(self) -> list[int]:
+        """Returns the label id of each class: the server takes no other codes."""
+        return list(CLASS_IDS)
+
     def list_pairs(self, split: Split) -> list[Pair]:
         """Returns the (image, mask) files of a split; `test` is val."""
         pairs = self._list_part("train" if split == "train" else "val", "gtFine")
