@@ -2,15 +2,19 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from labels import Kind, find_differences, find_kind, find_labels
+from report_page import slug
 from resumed_runs import owner
 from run_folders import Curve, Run
 
 COMMANDS = ("fit", "validate", "test")
+
+Key = tuple[str, str, str, tuple[str, ...]]
+"""What the runs of a comparison have in common: command, data set, split and classes."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Comparison:
     """Settings whose scores may be compared: same command, data set, split and classes.
 
     Args:
-        title: What was measured.
+        title: What was measured; no two are alike, nor are their slugs.
         command: fit, validate or test.
         split: val or test.
         classes: Names of the classes.
@@ -112,7 +116,7 @@ def compare(runs: Sequence[Run], problems: list[str]) -> list[Comparison]:
         runs: Of any kind.
         problems: Gets a line for every run that is left out.
     """
-    members: dict[tuple[str, str, str, tuple[str, ...]], list[Run]] = {}
+    members: dict[Key, list[Run]] = {}
     for run in runs:
         if run.result is None:
             continue
@@ -124,18 +128,47 @@ def compare(runs: Sequence[Run], problems: list[str]) -> list[Comparison]:
         members.setdefault((run.command, data, run.result.stage, classes), []).append(run)
     comparisons = []
     numbers: dict[str, int] = {}
+    titles = find_titles(members)
     for key in sorted(members, key=lambda key: (COMMANDS.index(key[0]), key)):
-        command, data, split, classes = key
-        how = "at the end of training" if command == "fit" else f"by isanet-pl {command}"
+        command, _, split, classes = key
         settings = find_settings(members[key], runs, problems)
         settings.sort(key=lambda setting: -setting.miou.mean)
         settings = [
             replace(setting, number=numbers.setdefault(setting.label, len(numbers)))
             for setting in settings
         ]
-        title = f"{data} {split} {how}"
-        comparisons.append(Comparison(title, command, split, classes, tuple(settings)))
+        comparisons.append(Comparison(titles[key], command, split, classes, tuple(settings)))
     return comparisons
+
+
+def find_titles(members: Mapping[Key, Sequence[Run]]) -> dict[Key, str]:
+    """Returns the title of each comparison, told apart where the class of the data does not do it.
+
+    Folders of one's own all have the same class, and so has a data set with and without background.
+
+    Args:
+        members: Runs of each comparison.
+    """
+    alike: dict[tuple[str, str, str], list[Key]] = {}
+    for key in sorted(members):
+        alike.setdefault(key[:3], []).append(key)
+    titles = {}
+    for (command, data, split), keys in alike.items():
+        how = "at the end of training" if command == "fit" else f"by isanet-pl {command}"
+        roots = [
+            {Path(str(run.config.get("data.root"))).resolve().name for run in members[key]}
+            for key in keys
+        ]
+        ways = (
+            [""] * (len(keys) == 1),
+            [f" ({', '.join(sorted(some))})" for some in roots],
+            [f" ({len(key[3])} classes)" for key in keys],
+            [f" ({number})" for number in range(1, len(keys) + 1)],
+        )
+        chosen = next(way for way in ways if len({slug(text) for text in way}) == len(keys))
+        for key, text in zip(keys, chosen, strict=True):
+            titles[key] = f"{data}{text} {split} {how}"
+    return titles
 
 
 def find_settings(

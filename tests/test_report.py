@@ -188,6 +188,39 @@ def test_what_may_not_be_compared_is_apart(tmp_path):
     ]
 
 
+FOLDER = {"data.class_path": "isanet_pl.data.SegmentationFolder"}
+
+
+@pytest.mark.parametrize(
+    ("root", "other", "more", "told_apart"),
+    [
+        ("a/leaves", "b/cells", {"sky": 0.5}, ("cells", "leaves")),
+        ("a/photos", "b/photos", {"sky": 0.5}, ("2 classes", "1 classes")),
+        ("a/my data", "b/my-data", {"sky": 0.5}, ("2 classes", "1 classes")),  # of one file name
+        ("photos", "photos", {"sky": 0.5, "sea": 0.5}, ("1", "2")),
+    ],
+)
+def test_titles_tell_data_of_one_class_apart(root, other, more, told_apart, tmp_path):
+    for name, place, scores in (("a", root, {}), ("b", other, more)):
+        for kind in ("isa", "none"):
+            config = {**FOLDER, **context(kind), "data.init_args.root": place}
+            write_run(
+                tmp_path / "runs" / f"{name}_{kind}" / "version_0", 0.5, config=config, **scores
+            )
+    titles = {c.title for c in compared(tmp_path / "runs")[0]}
+    assert titles == {f"SegmentationFolder ({w}) val at the end of training" for w in told_apart}
+    assert report(tmp_path / "runs", "--output", tmp_path / "out") == 0
+    # Of each: scores, classes, curves, cost and two panels.
+    assert len(list((tmp_path / "out").glob("*.png"))) == 12
+
+
+def test_other_evaluations_leave_a_title_as_it_is(tmp_path):
+    write_run(tmp_path / "a" / "version_0", 0.5)
+    write_run(tmp_path / "b" / "version_0", 0.5, command="test", sky=0.5)
+    titles = [comparison.title for comparison in compared(tmp_path)[0]]
+    assert titles == ["CamVid val at the end of training", "CamVid test by isanet-pl test"]
+
+
 @pytest.mark.parametrize(
     ("configs", "labels"),
     [
