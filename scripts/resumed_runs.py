@@ -18,6 +18,8 @@ def owner(checkpoint: str | None, runs: Iterable[Run]) -> Run | None:
     if not checkpoint:
         return None
     wanted = Path(checkpoint).absolute().parent.parent.parts
+    if len(wanted) < 2:  # in no run folder, so near to the root of the file system
+        return None
 
     def shared(folder: Path) -> int:
         pairs = zip(reversed(wanted), reversed(folder.absolute().parts), strict=False)

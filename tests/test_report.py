@@ -314,6 +314,16 @@ def test_a_resumed_run_is_one_run(tmp_path):
     assert problems == []
 
 
+def test_a_checkpoint_beside_the_root_of_the_file_system_has_no_run(tmp_path):
+    from resumed_runs import owner
+    from run_folders import read_runs
+
+    write_run(tmp_path / "a" / "version_0", 0.5)
+    runs = read_runs([tmp_path], [])
+    for checkpoint in ("/best.ckpt", "/data/best.ckpt", "/data/run/best.ckpt"):
+        assert owner(checkpoint, runs) is None
+
+
 def test_a_finished_run_that_went_on_stays_a_run(tmp_path):
     write_run(tmp_path / "a" / "version_0", 0.4, steps=(10,))
     config = {"ckpt_path": "a/version_0/checkpoints/last.ckpt", "trainer.max_steps": 40}
