@@ -163,8 +163,9 @@ def main() -> None:
     """Measures, prints, and writes what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--camvid", type=Path, help="folder of CamVid, measured as well")
-    parser.add_argument("--size", type=int, nargs=2, default=(1024, 2048), metavar=("H", "W"))
-    parser.add_argument("--crop", type=int, nargs=2, default=(512, 1024), metavar=("H", "W"))
+    pixels: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("H", "W")}
+    parser.add_argument("--size", **pixels, default=(1024, 2048), help="of the PNG pictures")
+    parser.add_argument("--crop", **pixels, default=(512, 1024), help="that is taken from them")
     parser.add_argument("--count", type=int, default=24, help="pictures of each kind")
     parser.add_argument("--rounds", type=int, default=9, help="times that all are measured")
     parser.add_argument("--output", type=Path, help="JSON file to write")

@@ -25,8 +25,8 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("layout", choices=[*READERS, "isanet-pl"], help="whose file SOURCE is")
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
+    parser.add_argument("source", type=Path, help="file to read")
+    parser.add_argument("target", type=Path, help="file to write")
     parser.add_argument("--to", choices=WRITERS, default="isanet-pl", help="whose file TARGET is")
     parser.add_argument(
         "--data-set",

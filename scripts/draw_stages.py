@@ -44,7 +44,9 @@ def draw(axis: Axes, colours: Tensor, strong: Tensor, title: str) -> None:
 def main() -> None:
     """Writes the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("docs/two_stages.png"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/two_stages.png"), help="PNG file to write"
+    )
     path: Path = parser.parse_args().output
     long_range, short_range = groups(long_range=True), groups(long_range=False)
     follows_long = long_range == long_range[ROW, COLUMN]

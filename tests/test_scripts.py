@@ -1,5 +1,6 @@
 """The scripts, run as users run them."""
 
+import ast
 import json
 import os
 import subprocess
@@ -16,6 +17,21 @@ ROOT = Path(__file__).parent.parent
 def script(name, *args, cwd):
     command = [sys.executable, str(ROOT / "scripts" / name), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.mark.parametrize(
+    "name", ["benchmark_data.py", "convert_checkpoint.py", "draw_stages.py", "results.py"]
+)
+def test_every_option_has_a_help_line(name):
+    source = (ROOT / "scripts" / name).read_text("utf-8")
+    added = [
+        call
+        for call in ast.walk(ast.parse(source))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "parser.add_argument"
+    ]
+    assert len(added) > 0
+    without = [c for c in added if "help" not in [keyword.arg for keyword in c.keywords]]
+    assert [ast.unparse(call.args[0]) for call in without] == []
 
 
 def test_draw_stages_writes_a_picture(tmp_path):
