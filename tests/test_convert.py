@@ -40,7 +40,7 @@ from isanet_pl.convert import (
     write_mmseg,
 )
 from isanet_pl.convert.trained import Classes
-from isanet_pl.data import ADE20K, Cityscapes, SegmentationFolder
+from isanet_pl.data import ADE20K, LIP, Cityscapes, SegmentationFolder
 from isanet_pl.errors import InputError
 from isanet_pl.inference import Inference
 from isanet_pl.losses import SegmentationLoss
@@ -317,6 +317,14 @@ def test_option_names_the_classes(tmp_path):
     trained = read_empty(tmp_path, {"meta": {}}, "isanet_769x769.pth", 19, data_set="cityscapes")
     assert tuple(trained.classes.names) == Cityscapes.class_names
     assert trained.network.inference.base_size == (2049, 1025)
+
+
+def test_sides_of_lip_are_kept(tmp_path):
+    trained = read_empty(tmp_path, {"meta": {}}, num_classes=20, data_set="lip")
+    assert trained.network.inference.mirrored_classes == LIP.mirrored_classes
+    state = empty_state(openseg_layout(num_classes=20))
+    trained = read_openseg_content(tmp_path, state, None, data_set="lip")
+    assert trained.network.inference.mirrored_classes == LIP.mirrored_classes
 
 
 def test_classes_without_names_are_refused(tmp_path):

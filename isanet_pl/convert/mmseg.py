@@ -133,4 +133,10 @@ def _inference(config: Mapping[str, Any], crop_size: int | None, classes: Classe
         usual = (usual[0] + 1, usual[1] + 1)
     settings: dict[str, Any] = {k: tuple(test[k]) for k in ("crop_size", "stride") if find(test, k)}
     base_size = next((tuple(size) for size in sizes if size), usual)
-    return Inference(mode=test["mode"], base_size=base_size, pad_multiple=1, **settings)
+    return Inference(
+        mode=test["mode"],
+        base_size=base_size,
+        pad_multiple=1,
+        mirrored_classes=classes.mirrored,
+        **settings,
+    )

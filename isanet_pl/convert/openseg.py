@@ -89,7 +89,7 @@ def read_openseg(
     stored = str(find(config, "dataset"))
     data_set = data_set or (stored if stored in DATA_SETS else None)
     classes = find_classes(network.arguments["num_classes"], path, data_set)
-    network.inference = Inference(pad_multiple=1)
+    network.inference = Inference(pad_multiple=1, mirrored_classes=classes.mirrored)
     return Trained(network, classes, whole_number(find(config, "iters")))
 
 

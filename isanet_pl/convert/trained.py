@@ -37,6 +37,14 @@ class Classes:
     palette: Sequence[Colour]
     data_set: str | None = None
 
+    @property
+    def mirrored(self) -> Sequence[tuple[int, int]]:
+        """Returns the pairs of classes that a mirror turns into each other, as the data set says.
+
+        Files of other projects say nothing of them.
+        """
+        return () if self.data_set is None else DATA_SETS[self.data_set].mirrored_classes
+
 
 @dataclass(frozen=True)
 class Trained:
