@@ -162,14 +162,20 @@ class Inference:
             self(shapes, image)
         return float(counter.get_total_flops() / 2e9)
 
+    def multiple_for(self, network: Network) -> int:
+        """Returns what the sides of an image are padded to a multiple of; 1: they are not."""
+        if self.mode == "slide":
+            return 1
+        if self.pad_multiple is None:
+            return 1 if network.align_corners else network.output_stride
+        return self.pad_multiple
+
     def _scores(self, network: Network, x: Tensor) -> Tensor:
         """Returns the logits of one view, at its size."""
         if self.mode == "slide":
             return self._slide(network, x)
         h, w = x.shape[2:]
-        multiple = self.pad_multiple
-        if multiple is None:
-            multiple = 1 if network.align_corners else network.output_stride
+        multiple = self.multiple_for(network)
         padding = (0, -w % multiple, 0, -h % multiple)
         if any(padding):
             x = F.pad(x, padding)  # zero is the mean colour

@@ -4,7 +4,8 @@
     python scripts/convert_checkpoint.py openseg SOURCE.pth TARGET.ckpt --data-set cityscapes
     python scripts/convert_checkpoint.py isanet-pl SOURCE.ckpt TARGET.pth --to mmseg
 
-The target has all that makes its outputs equal to the source's. Nothing in the source is executed.
+The target has all that makes the logits of its network equal to the source's. What mmsegmentation
+has no place for (padding, scales, flip) is named. Nothing in the source is executed.
 """
 
 import argparse

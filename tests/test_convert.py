@@ -41,6 +41,7 @@ from isanet_pl.convert import (
 )
 from isanet_pl.convert.trained import Classes
 from isanet_pl.data import ADE20K, LIP, Cityscapes, SegmentationFolder
+from isanet_pl.data.dataset import default_palette
 from isanet_pl.errors import InputError
 from isanet_pl.inference import Inference
 from isanet_pl.losses import SegmentationLoss
@@ -160,6 +161,45 @@ def test_network_of_the_authors_form_is_exported_equal(corners, tmp_path):
     assert again["backbone"] == "resnet50s"
     assert (again["mean"], again["std"]) == ((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
     assert again["align_corners"] == corners
+
+
+def write_and_read(inference, path, names=CLASSES, corners=False):
+    """Returns how images are shown according to a file of mmsegmentation for a network of ours."""
+    network = ISANet(len(names), "resnet50c", form="reduced", aux_head=True, align_corners=corners)
+    network.inference = inference
+    write_mmseg(Trained(network, Classes(names, default_palette(len(names)))), path)
+    return read_mmseg(path).network.inference
+
+
+@pytest.mark.parametrize("base_size", [(96, 64), None])
+def test_base_size_travels(base_size, tmp_path, caplog):
+    inference = Inference(base_size=base_size, pad_multiple=1)
+    found = write_and_read(inference, tmp_path / "theirs.pth", ADE20K.class_names)
+    assert found == inference  # and not what is usual for ADE20K
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("inference", "corners", "words"),
+    [
+        (Inference(), False, ["padding to multiples of 8"]),
+        (Inference(), True, []),  # nothing is padded
+        (Inference("slide", (97, 97), (65, 65)), False, []),
+        (
+            Inference("slide", (97, 97), (65, 65), scales=(0.5, 1.0), flip=True),
+            False,
+            ["scales [0.5, 1.0], flip"],
+        ),
+        (Inference(pad_multiple=64), True, ["padding to multiples of 64"]),
+    ],
+)
+def test_what_does_not_travel_is_said(inference, corners, words, tmp_path, caplog):
+    write_and_read(inference, tmp_path / "theirs.pth", corners=corners)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"{tmp_path / 'theirs.pth'}: not written, as no model of mmsegmentation has it: {word}"
+        for word in words
+    ]
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ BACKBONE = {
 }
 # The published settings, for files that do not say theirs.
 BASE_SIZES = {"cityscapes": (2048, 1024), "ade20k": (2048, 512), "voc": (2048, 512)}
+RESIZING = ("Resize", "MultiScaleFlipAug")  # steps of a pipeline
 SLIDE_769 = {"mode": "slide", "crop_size": [769, 769], "stride": [513, 513]}
 
 
@@ -124,11 +125,11 @@ def _inference(config: Mapping[str, Any], crop_size: int | None, classes: Classe
     default = SLIDE_769 if crop_size == 769 else {"mode": "whole"}
     tests = (find(config, "test_cfg"), find(config, "model", "test_cfg"), default)
     test: dict[str, Any] = next(test for test in tests if find(test, "mode"))
-    sizes = [
-        find(step, "scale", default=find(step, "img_scale"))
-        for step in find(config, "test_pipeline", default=[])
-    ]
-    usual = BASE_SIZES.get(str(classes.data_set))
+    steps = find(config, "test_pipeline", default=[])
+    sizes = [find(step, "scale", default=find(step, "img_scale")) for step in steps]
+    # A pipeline that ends without a word of size shows images as they are.
+    silent = steps and not any(find(step, "type") in RESIZING for step in steps)
+    usual = None if silent else BASE_SIZES.get(str(classes.data_set))
     if usual and crop_size == 769:
         usual = (usual[0] + 1, usual[1] + 1)
     settings: dict[str, Any] = {k: tuple(test[k]) for k in ("crop_size", "stride") if find(test, k)}

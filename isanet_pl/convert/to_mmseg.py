@@ -1,5 +1,6 @@
 """The way back: a network of ours as a checkpoint of mmsegmentation."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from isanet_pl.convert.layout import rename
 from isanet_pl.convert.mmseg import BACKBONE, RULES
 from isanet_pl.convert.trained import Trained
 from isanet_pl.errors import InputError
+from isanet_pl.models import ISANet
+
+log = logging.getLogger(__name__)
 
 # What a network of ours must be, besides its sizes, for theirs to be equal.
 EQUAL = {
@@ -36,8 +40,11 @@ NORM = {"type": "SyncBN", "requires_grad": True}
 def write_mmseg(trained: Trained, path: Path) -> None:
     """Writes a checkpoint that mmsegmentation loads, with the config of its model in it.
 
+    The logits of the two networks are equal, to rounding. What there is to how images are shown,
+    and has no place in such a file, is said.
+
     Raises:
-        InputError: There is no network of theirs with the same outputs.
+        InputError: There is no network of theirs with the same logits.
     """
     arguments = trained.network.arguments
     _check(arguments, path)
@@ -53,7 +60,7 @@ def write_mmseg(trained: Trained, path: Path) -> None:
     names = list(trained.classes.names)
     palette = [list(colour) for colour in trained.classes.palette]
     meta = {
-        "cfg": f"model = {model_config(trained)!r}\n",
+        "cfg": f"model = {model_config(trained)!r}\ntest_pipeline = {pipeline(trained)!r}\n",
         "dataset_meta": {"classes": names, "palette": palette},
         "CLASSES": names,  # where v0.x looks for them
         "PALETTE": palette,
@@ -61,6 +68,11 @@ def write_mmseg(trained: Trained, path: Path) -> None:
     }
     renamed = {rename(name, RULES): value for name, value in state.items()}
     torch.save({"meta": meta, "state_dict": renamed}, path)
+    lost = left_behind(trained.network)
+    if lost:
+        log.warning(
+            "%s: not written, as no model of mmsegmentation has it: %s", path, ", ".join(lost)
+        )
 
 
 def _check(arguments: Mapping[str, Any], path: Path) -> None:
@@ -80,6 +92,32 @@ def _check(arguments: Mapping[str, Any], path: Path) -> None:
         raise InputError(
             f"{path} is not written: mmsegmentation has no equal network, as {'; '.join(reasons)}"
         )
+
+
+def left_behind(network: ISANet) -> list[str]:
+    """Returns what there is to how images are shown that mmsegmentation's model cannot do.
+
+    Its views of several scales, and mirrored, are no part of a model but of an evaluation.
+    """
+    inference = network.inference
+    lost = []
+    if list(inference.scales) != [1]:
+        lost.append(f"scales {list(inference.scales)}")
+    if inference.flip:
+        lost.append("flip")
+    multiple = inference.multiple_for(network)
+    if multiple > 1:
+        lost.append(f"padding to multiples of {multiple}")
+    return lost
+
+
+def pipeline(trained: Trained) -> list[dict[str, Any]]:
+    """Returns how mmsegmentation 1.x reads an image for the model, as a config."""
+    steps: list[dict[str, Any]] = [{"type": "LoadImageFromFile"}]
+    base_size = trained.network.inference.base_size
+    if base_size is not None:
+        steps.append({"type": "Resize", "scale": tuple(base_size), "keep_ratio": True})
+    return [*steps, {"type": "LoadAnnotations"}, {"type": "PackSegInputs"}]
 
 
 def model_config(trained: Trained) -> dict[str, Any]:
