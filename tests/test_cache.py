@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, Dataset
 from isanet_pl.data import cache as cache_module
 from isanet_pl.data.cache import HEADER, LEFTOVER_AGE, DecodedCache
 from isanet_pl.data.files import read_image, read_mask
-from isanet_pl.errors import InputError
 
 EXIF_SIDEWAYS = Image.Exif()
 EXIF_SIDEWAYS[0x0112] = 6
@@ -449,19 +448,40 @@ def test_pickled_cache_is_the_same(tmp_path, cache):  # as spawned workers get i
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_disk_that_becomes_full_is_named(tmp_path, cache, monkeypatch, code):
-    pair = make_pair(tmp_path / "data", size=(500, 1000))
+def test_disk_that_becomes_full_takes_no_more(tmp_path, cache, monkeypatch, code):
+    pairs = [make_pair(tmp_path / "data", index, size=(500, 1000)) for index in range(2)]
+    tried = []
 
     def fail(descriptor):
         assert os.fstat(descriptor).st_size == HEADER + 4 * 500 * 1000
+        tried.append(descriptor)
         raise OSError(code, os.strerror(code))
 
+    assert cache.failure is None
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        with fails_naming("no space", cache.folder, "2.0 MB", "--data.cache"):
-            cache.read(pair, lambda: decode(pair))
+        for pair in pairs * 2:
+            assert equals(cache.read(pair, lambda pair=pair: decode(pair)), pair)
+    assert len(tried) == 1
+    assert cache.failure == os.strerror(code)
     assert not [path for path in files(cache, "**/*") if path.is_file()]
-    assert is_remade(cache, pair)
+    assert is_remade(fresh(cache), pairs[0])
+    assert equals(cache.read(pairs[0], never), pairs[0])  # what is there is read
+
+
+def test_all_processes_know_of_a_full_disk(tmp_path, cache, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    pairs = [make_pair(tmp_path / "data", index) for index in range(4)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        loader = DataLoader(Pairs(cache, pairs), batch_size=2, num_workers=1)
+        images, masks = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    assert all(map(equals, zip(images, masks, strict=True), pairs))
+    assert cache.failure == "No space left on device"
+    cache.read(pairs[0], lambda: decode(pairs[0]))
+    assert files(cache) == []
 
 
 def test_write_that_stops_half_way_leaves_nothing(tmp_path, cache):
@@ -469,13 +489,12 @@ def test_write_that_stops_half_way_leaves_nothing(tmp_path, cache):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # bytes, of 360 thousand
     try:
-        with pytest.raises(InputError, match="cannot write to") as caught:
-            cache.read(pair, lambda: decode(pair))
+        assert equals(cache.read(pair, lambda: decode(pair)), pair)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert str(cache.folder) in str(caught.value)
+    assert cache.failure == "File too large"
     assert not [path for path in files(cache, "**/*") if path.is_file()]
-    assert is_remade(cache, pair)
+    assert is_remade(fresh(cache), pair)
 
 
 def test_folder_that_cannot_be_made(tmp_path):
@@ -485,8 +504,8 @@ def test_folder_that_cannot_be_made(tmp_path):
         cache = DecodedCache(folder, b"key")
         with fails_naming("cannot write to --data.cache", folder, "name a folder"):
             cache.check_space([pair])
-        with fails_naming("cannot write to --data.cache", folder, "name a folder"):
-            cache.read(pair, lambda: decode(pair))
+        assert equals(cache.read(pair, lambda: decode(pair)), pair)
+        assert cache.failure is not None
 
 
 def test_read_only_cache_serves_if_it_is_complete(tmp_path, cache, monkeypatch):

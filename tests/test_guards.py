@@ -1,5 +1,7 @@
 """What ends a run before it does harm: numbers that are not finite, and too many broken files."""
 
+import errno
+import os
 import shutil
 
 import lightning.pytorch as pl
@@ -207,6 +209,27 @@ def test_skipping_leaves_the_samples_of_whole_files_as_they_are(broken_folder):
             if not errors:
                 assert one["name"][place] == other["name"][place]
                 assert torch.equal(one["image"][place], other["image"][place])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_full_cache_disk_is_said_once_and_skips_no_image(
+    broken_folder, tmp_path, monkeypatch, caplog, num_workers
+):
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    expected = batches_of(make_data(broken_folder, on_error="skip"))
+    options = {"on_error": "skip", "cache": str(tmp_path / "cache"), "num_workers": num_workers}
+    data = make_data(broken_folder, **options)
+    monkeypatch.setattr(os, "fsync", fail)
+    batches = batches_of(data)
+    assert_same(batches, expected)
+    data._broken = None  # which would end the run for two broken files of so few
+    for batch in batches:
+        data.on_after_batch_transfer(batch, 0)
+    said = [record.getMessage() for record in caplog.records if "--data.cache" in record.msg]
+    assert len(said) == 1
+    assert f"--data.cache {tmp_path / 'cache'}: No space left on device" in said[0]
 
 
 def test_draws_in_which_nothing_can_be_read_raise():

@@ -42,6 +42,10 @@ class DecodedCache:
     whoever makes it again writes the same. Entries that are damaged, or whose sources have changed,
     are made again. Nothing is ever removed: to be rid of the cache, delete its folder.
 
+    An entry that cannot be written is the last that is tried, in this process and those that it has
+    started: what the disk still takes is left to checkpoints, and pairs without an entry are
+    decoded each time.
+
     Args:
         folder: Where the entries are; made when needed.
         key: Stands for how masks become classes. Entries of another key are not seen.
@@ -51,7 +55,15 @@ class DecodedCache:
         self.folder = folder.absolute()
         self.key = blake2b(key).digest()
         self._checked: dict[str, int] = {}  # mtime_ns of the entries whose checksum was right
+        self._error = torch.zeros((), dtype=torch.int64)  # the system's number of it
+        self._error.share_memory_()  # type: ignore[no-untyped-call]
         _remove_leftovers(self.folder)
+
+    @property
+    def failure(self) -> str | None:
+        """Returns why entries are not written any more, in the system's words; None: they are."""
+        number = int(self._error)
+        return os.strerror(number) if number else None
 
     def check_space(self, pairs: Sequence[Pair]) -> None:
         """Returns nothing if those of the pairs that are not cached yet fit on the disk.
@@ -97,7 +109,7 @@ class DecodedCache:
                 there is no valid entry.
 
         Raises:
-            InputError: A file of the pair is gone, or the entry cannot be written.
+            InputError: A file of the pair is gone.
         """
         source = _source(pair)  # before decoding: a change during it will be seen
         path = self._path(pair)
@@ -105,7 +117,8 @@ class DecodedCache:
         if entry is None:
             image, mask = decode()
             entry = image.permute(1, 2, 0).contiguous(), mask.contiguous()
-            self._store(path, source, *entry)
+            if self.failure is None:
+                self._store(path, source, *entry)
         pixels, mask = entry
         return pixels.permute(2, 0, 1), mask
 
@@ -142,7 +155,10 @@ class DecodedCache:
         return pixels[: 3 * area].view(height, width, 3), pixels[3 * area :].view(height, width)
 
     def _store(self, path: Path, source: list[int], image: Tensor, mask: Tensor) -> None:
-        """Writes image (H, W, 3) and mask (H, W), both contiguous, as an entry."""
+        """Writes image (H, W, 3) and mask (H, W), both contiguous, as an entry, if it can.
+
+        If not, it raises nothing: an InputError would be taken for one of the pair's files.
+        """
         height, width = mask.shape
         assert image.shape == (height, width, 3)
         facts = FACTS.pack(MAGIC, height, width, *source)
@@ -158,7 +174,7 @@ class DecodedCache:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except OSError as error:
-            raise _write_error(self.folder, error, _entry_size(height, width)) from error
+            self._error.fill_(error.errno or errno.EIO)
         finally:
             with contextlib.suppress(OSError):  # it has its name, or could not be made at all
                 temporary.unlink()
@@ -187,13 +203,7 @@ def _source(pair: Pair) -> list[int]:
     return [image.st_size, image.st_mtime_ns, mask.st_size, mask.st_mtime_ns]
 
 
-def _write_error(folder: Path, error: OSError, size: int = 0) -> InputError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT) and size:
-        return InputError(
-            f"no space left in --data.cache {folder} for an image that takes {_readable(size)} "
-            "decoded: make space and start again, what is cached is kept; or name a folder on "
-            "another disk, or run without --data.cache"
-        )
+def _write_error(folder: Path, error: OSError) -> InputError:
     return InputError(
         f"cannot write to --data.cache {folder}: {error.strerror}; name a folder that can be "
         "written, or run without --data.cache"

@@ -66,7 +66,8 @@ class SegmentationDataModule(pl.LightningDataModule):
             files that unpack to more than the memory holds.
         cache: Folder for decoded images and masks (4 bytes a pixel): each file is decoded once, and
             crops then read their own rows only. Runs may share it. Best on a local SSD, or where
-            all of it fits into memory. null: decode every time.
+            all of it fits into memory. A disk that becomes full is named, and nothing more stored.
+            null: decode every time.
         on_error: What a training image or mask that cannot be read does: `raise` ends the run,
             `skip` names it and takes another in its place, until more than 1 % of a pass were
             replaced. In evaluation it always ends the run, or the score would be of other images.
@@ -127,6 +128,8 @@ class SegmentationDataModule(pl.LightningDataModule):
         self.cache = cache
         self.skip_broken = on_error == "skip"
         self._broken: BrokenFiles | None = None  # of a fit that skips them
+        self._decoded: DecodedCache | None = None  # one for all splits
+        self._told_of_cache = False
         self._datasets: dict[str, Dataset[Sample]] = {}
         self._position: Position | None = None  # of a fit, in the stream of training samples
 
@@ -158,9 +161,12 @@ class SegmentationDataModule(pl.LightningDataModule):
         if not (train and self.skip_broken):
             check_pairs(dataset)
         if self.cache is not None:
-            # Masks are kept as classes, so what maps them belongs to the key.
-            reader = f"{self.read_codes.__module__}.{self.read_codes.__qualname__}"
-            dataset.cache = DecodedCache(Path(self.cache), table.tobytes() + reader.encode())
+            if self._decoded is None:
+                # Masks are kept as classes, so what maps them belongs to the key.
+                reader = f"{self.read_codes.__module__}.{self.read_codes.__qualname__}"
+                key = table.tobytes() + reader.encode()
+                self._decoded = DecodedCache(Path(self.cache), key)
+            dataset.cache = self._decoded
         return dataset
 
     @property
@@ -248,9 +254,9 @@ class SegmentationDataModule(pl.LightningDataModule):
 
     def _check_space(self, datasets: Sequence[Dataset[Sample]]) -> None:
         """Makes sure that the cache can take the samples of all the splits together."""
-        cached = [d for d in datasets if isinstance(d, PairDataset) and d.cache is not None]
-        if cached and cached[0].cache is not None:
-            cached[0].cache.check_space([pair for d in cached for pair in d.pairs])
+        if self._decoded is not None:
+            cached = [d for d in datasets if isinstance(d, PairDataset)]
+            self._decoded.check_space([pair for d in cached for pair in d.pairs])
 
     @property
     def _ranks(self) -> tuple[int, int]:
@@ -306,9 +312,22 @@ class SegmentationDataModule(pl.LightningDataModule):
         """
         if self._broken is not None and "replaced" in batch:
             self._broken.take(batch.pop("replaced"))
+        self._tell_of_cache()
         for image, jitter in zip(batch.get("image", ()), batch.pop("jitter", ()), strict=False):
             image.copy_(distort(image, jitter))
         return batch
+
+    def _tell_of_cache(self) -> None:
+        """Says once that nothing more is cached; each loader process would say it again."""
+        if self._told_of_cache or self._decoded is None or self._decoded.failure is None:
+            return
+        self._told_of_cache = True
+        log.warning(
+            "cannot write to --data.cache %s: %s. What is not cached yet is decoded each time from "
+            "now on, which is slower; make space, and the next run goes on caching",
+            self._decoded.folder,
+            self._decoded.failure,
+        )
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Returns shuffled, augmented batches, all of them full, as BatchNorm wants them."""
