@@ -392,6 +392,16 @@ def test_context_reads_prepared_png_masks(tmp_path):
     assert stems(data, "train") == list(CONTEXT["train"])
 
 
+@pytest.mark.parametrize(
+    ("mat", "documented"),
+    [(True, {"train": 4998, "val": 5105}), (False, {"train": 4996, "val": 5104})],
+)
+def test_context_documents_the_images_of_the_lists_it_reads(tmp_path, mat, documented):
+    data = build(PascalContext, make_context(tmp_path, mat))
+    data.list_pairs("train")
+    assert data.num_images == documented
+
+
 def test_context_takes_the_folder_voc2010_as_well(tmp_path):
     top = make_context(tmp_path) / "VOCdevkit" / "VOC2010"
     (tmp_path / "trainval").rename(top / "trainval")

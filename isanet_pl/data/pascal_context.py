@@ -12,6 +12,8 @@ from isanet_pl.data.datamodule import SegmentationDataModule, Split
 from isanet_pl.data.dataset import Colour
 from isanet_pl.data.files import Codes, Pair, read_mask
 
+DETAIL = {"train": 4996, "val": 5104}
+"""Images of the lists in SegmentationContext, made from Detail API's trainval_merged.json."""
 NUM_LABELS = 459
 # fmt: off
 LABELS = (
@@ -39,8 +41,9 @@ class PascalContext(SegmentationDataModule):
 
     `root` is the place, or the folder VOC2010 with `trainval` moved into it. The matrix LabelMap of
     a .mat file holds 1..459. Instead of `trainval`, a folder `SegmentationClassContext` with PNG
-    masks (0 for the background, 1..59 for the classes in the order of their names) serves as well,
-    and `ImageSets/SegmentationContext` where it is there. `test` evaluates val.
+    masks (0 for the background, 1..59 for the classes in the order of their names) serves as well.
+    The lists of `ImageSets/SegmentationContext`, as mmsegmentation makes them, come first where
+    they are there: they leave out two train images and one val image. `test` evaluates val.
 
     Images: Flickr's terms of use. Cite: Mottaghi, Chen, Liu, Cho, Lee, Fidler, Urtasun, Yuille,
     "The role of context for object detection and semantic segmentation in the wild", CVPR 2014.
@@ -56,7 +59,7 @@ class PascalContext(SegmentationDataModule):
         "https://cs.stanford.edu/~roozbeh/pascal-context (annotations) and "
         "http://host.robots.ox.ac.uk/pascal/VOC/voc2010 (images)"
     )
-    num_images = {"train": 4998, "val": 5105}
+    num_images = {"train": 4998, "val": 5105}  # by VOC's own lists
     # fmt: off
     class_names: Sequence[str] = (
         "background", "aeroplane", "bag", "bed", "bedclothes", "bench", "bicycle", "bird", "boat",
@@ -90,8 +93,9 @@ class PascalContext(SegmentationDataModule):
     def list_pairs(self, split: Split) -> list[Pair]:
         """Returns the (image, mask) files of a split; `test` is val."""
         part = "train" if split == "train" else "val"
-        # The field's lists are VOC's own, so that either serves.
         ids = self._find(f"ImageSets/SegmentationContext/{part}.txt", f"ImageSets/Main/{part}.txt")
+        if ids.parent.name == "SegmentationContext":
+            self.num_images = DETAIL
         masks = self._find("trainval", "SegmentationClassContext")
         ending = ".mat" if masks.name == "trainval" else ".png"
         return pair_ids(read_ids(ids), self._find("JPEGImages"), masks, ".jpg", ending)
