@@ -29,7 +29,7 @@ from isanet_pl.data.facts import (
     read_pairs,
 )
 from isanet_pl.data.files import read_mask
-from isanet_pl.data.fingerprint import Fingerprint, find_duplicates, summarise
+from isanet_pl.data.fingerprint import find_duplicates, summarise
 from isanet_pl.data.scan import scan
 from isanet_pl.data.verdict import find_problems
 from isanet_pl.errors import InputError
@@ -266,17 +266,6 @@ def test_a_killed_process_ends_the_others(tmp_path):
         assert time.monotonic() - since < 30
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def test_json_round_trip(data_root):
-    rewrite(masks_of(data_root, "train")[0], lambda pixels: pixels + 7)
-    truncate(data_root / "val" / "images" / "scene1.png")
-    data = SegmentationFolder(root=str(data_root))
-    pairs, _ = check_dataset.list_splits(data)
-    fingerprint = check_dataset.take_fingerprint(data, pairs, 1, Console(quiet=True))
-    assert fingerprint.splits["train"].outside
-    assert fingerprint.splits["val"].files
-    assert Fingerprint.from_json(fingerprint.to_json(problems=[])) == fingerprint
 
 
 # What is planted, and the (level, split, words) that must be said; nothing else may be.

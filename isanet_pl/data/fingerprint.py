@@ -1,4 +1,4 @@
-"""The fingerprint of a data set: sizes, colours, classes and findings, to and from JSON."""
+"""The fingerprint of a data set: sizes, colours, classes and findings, and as JSON."""
 
 import json
 import math
@@ -103,40 +103,6 @@ class Fingerprint:
     def to_json(self, **more: Any) -> str:
         """Returns the fingerprint, and other things beside it, as JSON."""
         return json.dumps({**asdict(self), **more}, indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> "Fingerprint":
-        """Returns the fingerprint that `to_json` wrote."""
-        content = json.loads(text)
-        return cls(
-            data=content["data"],
-            root=content["root"],
-            class_names=tuple(content["class_names"]),
-            splits={name: _split_from(facts) for name, facts in content["splits"].items()},
-            duplicates=_files_from(content["duplicates"]),
-        )
-
-
-def _files_from(content: Mapping[str, Any]) -> dict[str, Files]:
-    return {kind: Files(found["count"], tuple(found["first"])) for kind, found in content.items()}
-
-
-def _split_from(content: Mapping[str, Any]) -> SplitFingerprint:
-    tuples = {k: tuple(v) for k, v in content.items() if isinstance(v, list)}
-    tuples["sizes"] = tuple(map(tuple, content["sizes"]))
-    tuples["largest"] = tuple(pair and tuple(pair) for pair in content["largest"])
-    return SplitFingerprint(
-        **{
-            **content,
-            **tuples,
-            "codes": {int(code): pixels for code, pixels in content["codes"].items()},
-            "outside": {
-                int(code): Outside(found["pixels"], **_files_from({"masks": found["masks"]}))
-                for code, found in content["outside"].items()
-            },
-            "files": _files_from(content["files"]),
-        }
-    )
 
 
 def summarise(
