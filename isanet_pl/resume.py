@@ -165,7 +165,9 @@ class LastCheckpoint(Checkpoint):
                 "its --ema_decay"
             )
         folder = self._folder(trainer)
-        if Path(str(trainer.ckpt_path)).parent.resolve() == folder.resolve():
+        same = Path(str(trainer.ckpt_path)).parent.resolve() == folder.resolve()
+        # Only the first process knows the folder: what the others do must not depend on theirs.
+        if trainer.strategy.broadcast(same):
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint):
                     _relocate(checkpoint["callbacks"].get(callback.state_key, {}), callback.dirpath)

@@ -118,6 +118,17 @@ def test_two_processes_train_and_score_as_one(folder, alone):
     assert [path.name for path in pair.parent.iterdir()] == ["version_0"]
 
 
+@pytest.mark.slow
+def test_two_processes_start_a_run_from_a_checkpoint_of_another_of_its_name(folder, alone):
+    options = ("--name", "on1", "--ckpt_path", alone / "checkpoints" / "last.ckpt")
+    options += ("--data.batch_size", 2, "--trainer.max_steps", STEPS + 10)
+    done = run("fit", "--config", "tiny.yaml", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    new = alone.parent / "version_1"
+    assert json.loads((new / "results.json").read_text())["step"] == STEPS + 10
+    assert (new / "checkpoints" / "best.ckpt").is_file()
+
+
 def ranks_of(process):
     """Returns the two processes of a run by rank: the one that was started, and its other one."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import fails_naming, truncate
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from isanet_pl.averaging import ExponentialAverage
@@ -203,6 +204,27 @@ def test_a_moved_run_knows_its_best_checkpoint(stopped):
     after = main(["fit", *arguments(moved, options)]).trainer.checkpoint_callback
     assert after.best_k_models == {str(best): before["best_model_score"]}
     assert after.best_model_path == after.kth_best_model_path == str(best)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_all_processes_take_the_best_checkpoint_as_the_first_one_does(stopped, own):
+    # The others do not know the folder of a new run: here, theirs has the name of the old one.
+    file = stopped / "runs" / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(file)
+    callback = ModelCheckpoint(dirpath=stopped / "moved")
+    state = checkpoint["callbacks"][callback.state_key] = {"best_model_path": "before/best.ckpt"}
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(fn="fit"),
+        strategy=SimpleNamespace(broadcast=lambda decision: own),  # the first one's
+        loggers=[CSVLogger(stopped / "runs", "tiny", "version_0")],
+        callbacks=[],
+        checkpoint_callbacks=[callback],
+        ckpt_path=file,
+    )
+    module = SimpleNamespace(hparams=checkpoint["hyper_parameters"])
+    LastCheckpoint().on_load_checkpoint(trainer, module, checkpoint)
+    folder = stopped / "moved" if own else Path("before")
+    assert state["best_model_path"] == str(folder / "best.ckpt")
 
 
 def test_a_run_stopped_after_its_last_step_still_gives_its_result(stopped):
