@@ -34,15 +34,24 @@ def check_agreement(
         InputError: Classes, arguments or tensors differ, or a weight is not finite.
     """
     saved = checkpoint.get("hyper_parameters", {})
-    _check_classes(list(saved.get("class_names", class_names)), class_names)
+    check_classes(list(saved.get("class_names", class_names)), class_names)
     _check_arguments(saved.get("network", {}), arguments)
     _check_tensors(checkpoint.get("state_dict", {}), state)
 
 
-def _check_classes(saved: Sequence[str], own: Sequence[str]) -> None:
+def check_classes(saved: Sequence[str], own: Sequence[str]) -> None:
+    """Refuses a network of other classes, or of the same ones in another order.
+
+    Args:
+        saved: Names of the classes that the network was trained for.
+        own: Those of the data.
+
+    Raises:
+        InputError: They differ.
+    """
     if list(saved) != list(own):
         raise InputError(
-            f"the checkpoint was trained for {len(saved)} classes ({', '.join(saved)}), but the "
+            f"the network was trained for {len(saved)} classes ({', '.join(saved)}), but the "
             f"data has {len(own)} ({', '.join(own)}); give the data set it was trained on, or "
             "train anew"
         )

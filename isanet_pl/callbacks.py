@@ -224,15 +224,16 @@ class ResultTable(pl.Callback):
         folder = run_folder(trainer)
         if trainer.fast_dev_run or folder is None:  # type: ignore[attr-defined]
             return
+        trained = isinstance(pl_module.network, ISANet)  # an ONNX file does not say how long
         record = {
             "command": shlex.join(["isanet-pl", *sys.argv[1:]]),
             "stage": stage,
-            "step": pl_module.trained_steps,
+            "step": pl_module.trained_steps if trained else None,
             "seconds": round(self.seconds),
             "machine": describe_machine(),
             "torch": torch.__version__,
             "git": self.code,
-            "parameters": sum(p.numel() for p in pl_module.parameters()),
+            "parameters": sum(p.numel() for p in pl_module.parameters()) if trained else None,
             "gmacs": self._gmacs(pl_module),
             "image_size": self.image_size,
             "scores": {k: None if math.isnan(v) else round(v, 6) for k, v in scores.items()},

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from isanet_pl.agreement import check_classes
 from isanet_pl.averaging import ExponentialAverage
 from isanet_pl.callbacks import Progress, ResultTable
 from isanet_pl.checkpoint_io import AtomicCheckpointIO
@@ -288,10 +289,16 @@ class SegmentationCLI(LightningCLI):
         self._use_exported("test")
 
     def _use_exported(self, command: str) -> None:
-        """Puts an exported network in the place of the module's, if one was given."""
+        """Puts an exported network in the place of the module's, if one was given.
+
+        Raises:
+            InputError: It was trained for other classes than those of the data.
+        """
         path = self.config_init[command]["ckpt_path"]
         if is_onnx(path):
-            self.model.network = OnnxNetwork(Path(path))
+            network = OnnxNetwork(Path(path))
+            check_classes(network.class_names, self.model.class_names)
+            self.model.network = network
             self.config_init[command]["ckpt_path"] = None
 
     def before_predict(self) -> None:

@@ -61,6 +61,7 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         description = read_metadata(path)
         arguments = description["network"]
+        self.class_names: list[str] = description["class_names"]
         self.align_corners = bool(arguments["align_corners"])
         self.output_stride = int(arguments["output_stride"])
         self.size: list[int] | None = description["size"]

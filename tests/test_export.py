@@ -2,12 +2,13 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import make_folder, make_scene
+from conftest import fails_naming, make_folder, make_scene
 from PIL import Image
 from test_predictions import NAMES, PALETTE, write_checkpoint
 
@@ -223,12 +224,29 @@ def test_evaluation_takes_an_onnx_file(checkpoint, dynamic, tmp_path, command):
     folder = make_folder(tmp_path / "data", size=(32, 48))
     data = ["--data", "SegmentationFolder", "--data.root", str(folder), "--data.num_workers", "0"]
     data += ["--data.class_names", f"[{', '.join(NAMES)}]", "--trainer.accelerator", "cpu"]
-    scores = []
+    scores, results = [], []
     for path in (checkpoint, dynamic):
         cli = main([command, "--ckpt_path", str(path), *data])
         stage = "val" if command == "validate" else "test"
         scores.append(float(cli.trainer.callback_metrics[f"{stage}/miou"]))
+        results.append(json.loads((Path(cli.trainer.log_dir) / "results.json").read_text()))
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    assert results[0]["step"] == 7
+    assert results[0]["parameters"] > 0
+    # The file does not say.
+    assert results[1]["step"] is results[1]["parameters"] is results[1]["gmacs"] is None
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+@pytest.mark.parametrize("names", ["[road, sky, car]", "[sky, road, car, tree]"])
+def test_an_onnx_file_of_other_classes_is_refused(dynamic, tmp_path, command, names):
+    folder = make_folder(tmp_path / "data", size=(32, 48))
+    data = ["--data", "SegmentationFolder", "--data.root", str(folder), "--data.num_workers", "0"]
+    data += ["--data.class_names", names, "--trainer.accelerator", "cpu"]
+    if command == "predict":
+        data += ["--data.predict_dir", str(folder / "test" / "images")]
+    with fails_naming("trained for 3 classes (sky, road, car), but the data has", names[1:-1]):
+        main([command, "--ckpt_path", str(dynamic), *data])
 
 
 def test_images_that_do_not_fit_are_padded_and_cropped(fixed, dynamic):
