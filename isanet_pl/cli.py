@@ -73,7 +73,13 @@ class SegmentationCLI(LightningCLI):
             type=str | None,
             help="Name of the run, a folder in runs_dir; null: the config file's name.",
         )
-        parser.add_argument("--runs_dir", type=str, default="runs", help="Where runs are written.")
+        parser.add_argument(
+            "--runs_dir",
+            type=str,
+            default="runs",
+            help="Where runs are written. A --trainer.logger of your own logs besides; where that "
+            "is false, there are neither logs nor a run folder.",
+        )
         parser.add_argument(
             "--wandb",
             type=Mode,
@@ -217,7 +223,7 @@ class SegmentationCLI(LightningCLI):
         return str(config.name)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Returns the trainer, logging to a new run folder unless the config has a logger."""
+        """Returns the trainer, logging to a new run folder, and to the config's loggers as well."""
         config = self.config.get(str(self.subcommand), self.config)
         for name in ("accumulate_grad_batches", "val_check_interval"):
             if config.trainer[name] == 0:
@@ -227,10 +233,13 @@ class SegmentationCLI(LightningCLI):
                 f"--trainer.accelerator {config.trainer.accelerator}: PyTorch {torch.__version__} "
                 "finds no GPU here; take cpu or auto, or install a build of PyTorch for the GPU"
             )
+        given = self._get(self.config_init, "trainer")["logger"]
         if config.trainer.fast_dev_run or self.subcommand == "export":
             kwargs["logger"] = False
-        elif config.trainer.logger in (None, True) and self.subcommand is not None:
-            kwargs["logger"] = self._loggers(config)
+        elif given is not False and self.subcommand is not None:
+            more = [] if given in (None, True) else given if isinstance(given, list) else [given]
+            # First our own, which says where the run folder is.
+            kwargs["logger"] = [*self._loggers(config), *more]
         trainer = super().instantiate_trainer(**kwargs)
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if config.ema_decay is not None and self.subcommand == "fit":

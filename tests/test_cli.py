@@ -310,6 +310,39 @@ def test_printed_config_round_trips(tiny, tmp_path, capsys):
     assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(printed)
 
 
+def test_a_logger_of_ones_own_comes_after_that_of_the_run_folder(tiny, tmp_path):
+    own = ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", tmp_path / "own")
+    for steps, resume in ((2, "false"), (3, "true")):
+        more = ("--trainer.max_steps", steps, "--trainer.log_every_n_steps", 1, "--resume", resume)
+        cli = run("fit", tiny, tmp_path, *own, *more)
+        assert Path(cli.trainer.log_dir) == tmp_path / "runs" / "tiny" / "version_0"
+        assert cli.trainer.global_step == steps
+    metrics = [tmp_path / "runs" / "tiny" / "version_0" / "metrics.csv"]
+    metrics += sorted((tmp_path / "own").rglob("metrics.csv"))
+    steps = [
+        [int(row["step"]) for row in csv.DictReader(path.open()) if row["train/loss"]]
+        for path in metrics
+    ]
+    assert steps == [[0, 1, 2], [0, 1], [2]]
+
+
+def test_several_loggers_of_ones_own(tiny, tmp_path):
+    folders = [str(tmp_path / name) for name in ("a", "b")]
+    loggers = [{"class_path": "CSVLogger", "init_args": {"save_dir": path}} for path in folders]
+    cli = run(
+        "fit", tiny, tmp_path, "--trainer.logger", json.dumps(loggers), "--trainer.max_steps", 1
+    )
+    saved = [logger.save_dir for logger in cli.trainer.loggers]
+    assert saved == [str(tmp_path / "runs"), *folders]
+
+
+def test_no_logger_if_none_is_wanted(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli = run("fit", tiny, tmp_path, "--trainer.logger", "false", "--trainer.max_steps", 1)
+    assert not cli.trainer.loggers
+    assert not (tmp_path / "runs").exists()
+
+
 def test_every_option_of_ours_has_a_help_line(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
