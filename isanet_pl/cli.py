@@ -228,6 +228,7 @@ class SegmentationCLI(LightningCLI):
         for name in ("accumulate_grad_batches", "val_check_interval"):
             if config.trainer[name] == 0:
                 raise InputError(f"trainer.{name} must be above 0")
+        _check_names(config.checkpoint)
         if config.trainer.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
             raise InputError(
                 f"--trainer.accelerator {config.trainer.accelerator}: PyTorch {torch.__version__} "
@@ -317,6 +318,21 @@ class SegmentationCLI(LightningCLI):
             if isinstance(callback, PredictionWriter):
                 callback.checkpoint = Path(self.config_init["predict"]["ckpt_path"])
         self._use_exported("predict")
+
+
+def _check_names(checkpoint: Any) -> None:
+    """Returns nothing if the best checkpoints that are to be kept have a name each.
+
+    Raises:
+        InputError: They have one, and the latest would take the place of the best.
+    """
+    kept, name = checkpoint.save_top_k, checkpoint.filename
+    numbered = checkpoint.enable_version_counter or name is None or "{" in name
+    if kept not in (0, 1) and not numbered:
+        raise InputError(
+            f"--checkpoint.save_top_k {kept} needs a name for each checkpoint, not {name} for all: "
+            f"add --checkpoint.filename '{name}-{{step}}'"
+        )
 
 
 def main(args: ArgsType = None, run: bool = True) -> SegmentationCLI:

@@ -154,6 +154,13 @@ def test_last_checkpoint_is_the_last_step_and_not_the_last_best(trained):
     assert last["global_step"] == 4
 
 
+def test_several_best_checkpoints_have_a_name_each(tiny, tmp_path):
+    kept = ("--checkpoint.save_top_k", -1, "--checkpoint.filename", "best-{step}")
+    folder = Path(run("fit", tiny, tmp_path, *kept).trainer.log_dir) / "checkpoints"
+    names = {file.name for file in folder.iterdir()}
+    assert names == {"best-2.ckpt", "best-4.ckpt", "last.ckpt"}
+
+
 def test_resume_continues_where_the_run_stopped(trained, tmp_path):
     checkpoint = trained / "checkpoints" / "last.ckpt"
     arguments = ("--ckpt_path", checkpoint, "--trainer.max_steps", 6)
@@ -221,6 +228,8 @@ def test_nan_loss_stops_at_its_step_and_keeps_the_last_good_checkpoint(tiny, tmp
         (("--ckpt_path", "no.ckpt"), "checkpoint not found: --ckpt_path no.ckpt"),
         (("--runs_dir", "/dev/null/runs"), "cannot write the run folder"),
         (("--trainer.max_steps", -1), "set trainer.max_steps or max_epochs"),
+        (("--checkpoint.save_top_k", 3), r"add --checkpoint\.filename 'best-\{step\}'"),
+        (("--checkpoint.save_top_k", -1), "needs a name for each checkpoint, not best for all"),
     ],
 )
 def test_bad_values_are_refused_with_the_fix(tiny, tmp_path, arguments, message):
