@@ -1,6 +1,7 @@
 """Interrupted runs: checkpoints that survive anything, and going on as if nothing had happened."""
 
 import csv
+import io
 import logging
 import random
 import signal
@@ -59,7 +60,8 @@ def find_run(runs_dir: str, name: str) -> tuple[Path, Path] | None:
 def continue_metrics(logger: CSVLogger, checkpoint: str) -> None:
     """Gives a new logger the lines of its metrics.csv that are older than a checkpoint.
 
-    By itself it would remove the file. Lines of later steps will be written again.
+    By itself it would remove the file. Lines of later steps will be written again. A line that a
+    full disk or a killed process has cut short is left out.
     """
     step = read_checkpoint(checkpoint)["global_step"]
     file = Path(logger.log_dir) / "metrics.csv"
@@ -68,16 +70,26 @@ def continue_metrics(logger: CSVLogger, checkpoint: str) -> None:
         file.replace(kept)
     if not kept.exists():
         return
-    with kept.open(newline="", encoding="utf-8") as lines:
-        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(lines)]
     logger.experiment.metrics = [
         # The validation of a step is logged under its number, its loss under the one before.
         row
-        for row in rows
+        for row in _whole_rows(kept)
         if int(row["step"]) < step or (int(row["step"]) == step and "train/loss" not in row)
     ]
+    # Until the new file is whole, the old one stays: a run that cannot write it can be resumed.
     logger.save()
     kept.unlink()
+
+
+def _whole_rows(path: Path) -> list[dict[str, Any]]:
+    """Returns what the lines of a metrics.csv hold, without those that were not written whole."""
+    content = path.read_bytes()
+    text = content[: content.rfind(b"\n") + 1].decode("utf-8")
+    return [
+        {k: v for k, v in row.items() if v}
+        for row in csv.DictReader(io.StringIO(text, newline=""))
+        if None not in row and None not in row.values()  # neither more fields than names nor fewer
+    ]
 
 
 def random_state() -> dict[str, Any]:

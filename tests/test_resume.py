@@ -441,6 +441,34 @@ def test_metrics_go_on_from_the_step_of_the_checkpoint(tmp_path, name):
     assert [path.name for path in run.iterdir()] == ["metrics.csv"]
 
 
+@pytest.mark.parametrize("cut", ["2", "2,", "2,0.1,", "2,0.1,0.", "2,0.1,1,0.4,5\n", "2,0.1\n"])
+def test_lines_of_metrics_that_were_not_written_whole_are_left_out(tmp_path, cut):
+    file = tmp_path / "x" / "version_0" / "metrics.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"lr/new,step,train/loss,val/miou\n0.3,0,3,\n{cut}")
+    AtomicCheckpointIO().save_checkpoint({"global_step": 9}, tmp_path / "a.ckpt")
+    continue_metrics(CSVLogger(str(tmp_path), "x", "version_0"), str(tmp_path / "a.ckpt"))
+    assert metrics(file.parent) == [(0, "3", "")]
+
+
+def test_metrics_that_cannot_be_written_are_kept_for_the_next_time(tmp_path, monkeypatch):
+    file = tmp_path / "x" / "version_0" / "metrics.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text("step,train/loss\n0,3\n1,2\n")
+    AtomicCheckpointIO().save_checkpoint({"global_step": 9}, tmp_path / "a.ckpt")
+
+    def fail():
+        file.write_text("step,train/loss\n0,")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    logger = CSVLogger(str(tmp_path), "x", "version_0")
+    monkeypatch.setattr(logger, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        continue_metrics(logger, str(tmp_path / "a.ckpt"))
+    continue_metrics(CSVLogger(str(tmp_path), "x", "version_0"), str(tmp_path / "a.ckpt"))
+    assert metrics(file.parent) == [(0, "3", ""), (1, "2", "")]
+
+
 # SIGTERM
 
 
