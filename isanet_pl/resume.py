@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 import random
+import re
 import signal
 import threading
 import zipfile
@@ -39,7 +40,9 @@ def find_run(runs_dir: str, name: str) -> tuple[Path, Path] | None:
         InputError: The run has checkpoints, but none of them is whole.
     """
     found = (Path(runs_dir) / name).glob(f"version_*/{FOLDER}")
-    versions = {int(path.parent.name.removeprefix("version_")): path for path in found}
+    # Not the copies that users make, such as version_0_old.
+    named = ((re.fullmatch(r"version_(\d+)", path.parent.name), path) for path in found)
+    versions = {int(match[1]): path for match, path in named if match}
     if not versions:
         return None
     folder = versions[max(versions)]

@@ -314,6 +314,8 @@ def make_checkpoints(folder, version, **files):
 
 def test_the_newest_run_is_found(tmp_path):
     assert find_run(str(tmp_path), "x") is None
+    make_checkpoints(tmp_path, "9_old", last=True)  # a copy
+    assert find_run(str(tmp_path), "x") is None
     make_checkpoints(tmp_path, 9, last=True)
     newest = make_checkpoints(tmp_path, 10, last=True, best=True)
     (tmp_path / "x" / "version_11").mkdir()  # of validate
