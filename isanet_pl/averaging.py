@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
@@ -31,6 +32,13 @@ class ExponentialAverage(WeightAveraging):
             raise InputError(f"ema_decay must be above 0 and below 1, such as 0.999, got {decay}")
         self.decay = decay
         super().__init__(multi_avg_fn=self._update)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Starts the average, on the device that the module is about to move to."""
+        # The module is still on the CPU: an average there would have to fetch all weights at each
+        # step.
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
 
     @torch.no_grad()
     def _update(

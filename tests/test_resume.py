@@ -20,6 +20,7 @@ import torch
 from conftest import fails_naming, truncate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from test_module import make_module
 
 from isanet_pl.averaging import ExponentialAverage
 from isanet_pl.callbacks import Progress, ResultTable
@@ -520,6 +521,14 @@ def test_the_average_follows_the_weights():
 def test_a_decay_that_averages_nothing_is_refused(decay):
     with fails_naming("ema_decay must be above 0 and below 1", decay):
         ExponentialAverage(decay)
+
+
+def test_the_average_is_on_the_device_of_the_training():
+    average, module = ExponentialAverage(0.9), make_module()  # on the CPU, until training starts
+    strategy = SimpleNamespace(root_device=torch.device("meta"))
+    average.setup(SimpleNamespace(strategy=strategy), module, "fit")
+    assert {p.device.type for p in average._average_model.parameters()} == {"meta"}
+    assert {p.device.type for p in module.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("whole", ["iterations"], indirect=True)
