@@ -72,12 +72,13 @@ class Progress(pl.Callback):
         self.images = 0
         self.since: float | None = None
         self.first_step = 0
+        self.step = 0  # optimiser steps at the end of the last batch
         self.start = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes where the run starts."""
         self.start = time.monotonic()
-        self.first_step = trainer.global_step
+        self.first_step = self.step = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -96,7 +97,8 @@ class Progress(pl.Callback):
     ) -> None:
         """Counts images; reports when it is time to."""
         self.images += len(batch["image"]) * trainer.world_size
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        # An epoch's last batch ends a step even if it is not the last of its group.
+        stepped, self.step = trainer.global_step != self.step, trainer.global_step
         if not stepped or trainer.global_step % self.every_n_steps:
             return
         assert self.since is not None

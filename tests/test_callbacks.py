@@ -75,7 +75,6 @@ def test_images_per_second_leave_out_validation_and_what_it_draws_and_saves(monk
     trainer = SimpleNamespace(
         global_step=0,
         world_size=2,
-        accumulate_grad_batches=1,
         optimizers=[SimpleNamespace(param_groups=[{"name": "new", "lr": 0.1}])],
         state=SimpleNamespace(fn="validate"),
     )
@@ -95,6 +94,19 @@ def test_images_per_second_leave_out_validation_and_what_it_draws_and_saves(monk
             now[0] += 100  # another callback draws, a checkpoint is saved
     # 2 steps of 3 images on each of 2 processes, in 4 seconds
     assert logged == [("images_per_s", 3.0), ("images_per_s", 3.0)]
+
+
+def test_progress_is_told_at_steps_that_end_an_epoch_with_fewer_batches(monkeypatch):
+    # 3 batches, two a step: the second one ends steps 1, 3, ..., the third one steps 2, 4, ...
+    steps = []
+
+    def tell(self, trainer, rates, speed):
+        steps.append(trainer.global_step)
+
+    monkeypatch.setattr(Progress, "_print", tell)
+    options = {"limit_train_batches": 3, "accumulate_grad_batches": 2, "val_check_interval": 3}
+    fit(False, Progress(every_n_steps=2), steps=5, **options)
+    assert steps == [2, 4]
 
 
 # Scores of the classes, and panels
