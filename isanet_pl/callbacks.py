@@ -146,6 +146,7 @@ class ResultTable(pl.Callback):
         self.start = time.monotonic()
         self.code: str | None = None
         self.scores: dict[str, float] = {}  # of the last validation of a fit
+        self.scored_step: int | None = None  # the steps behind the weights that have them
         self.image_size: tuple[int, int] | None = None  # of the first image that was scored
         self.earlier = 0.0  # seconds, up to the checkpoint that it goes on from
 
@@ -156,11 +157,17 @@ class ResultTable(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a run that goes on cannot find out again."""
-        return {"scores": self.scores, "image_size": self.image_size, "seconds": self.seconds}
+        return {
+            "scores": self.scores,
+            "scored_step": self.scored_step,
+            "image_size": self.image_size,
+            "seconds": self.seconds,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""
         self.scores = state_dict["scores"]
+        self.scored_step = state_dict.get("scored_step")
         self.image_size = state_dict.get("image_size")
         self.earlier = state_dict["seconds"]
 
@@ -191,18 +198,20 @@ class ResultTable(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports the last validation."""
-        self._report(trainer, pl_module, "val", self.scores)
+        # That of the end, in a run of an older version that had nothing left to do.
+        step = trainer.global_step if self.scored_step is None else self.scored_step
+        self._report(trainer, pl_module, "val", self.scores, step)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports `validate`; in a fit, keeps the scores for the end."""
         if trainer.state.fn == "validate":
-            self._report(trainer, pl_module, "val", _scores(trainer, "val"))
+            self._report_now(trainer, pl_module, "val")
         elif not trainer.sanity_checking:
-            self.scores = _scores(trainer, "val")
+            self.scores, self.scored_step = _scores(trainer, "val"), trainer.global_step
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports `test`."""
-        self._report(trainer, pl_module, "test", _scores(trainer, "test"))
+        self._report_now(trainer, pl_module, "test")
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -212,6 +221,12 @@ class ResultTable(pl.Callback):
         if folder is not None and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
+    def _report_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # An ONNX file does not say how long it was trained for.
+        known = isinstance(pl_module.network, ISANet)
+        step: Any = pl_module.trained_steps if known else None
+        self._report(trainer, pl_module, stage, _scores(trainer, stage), step)
+
     @rank_zero_only
     def _report(
         self,
@@ -219,6 +234,7 @@ class ResultTable(pl.Callback):
         pl_module: pl.LightningModule,
         stage: str,
         scores: Mapping[str, float],
+        step: int | None,
     ) -> None:
         if "miou" not in scores:
             return  # a fit without any validation
@@ -226,16 +242,15 @@ class ResultTable(pl.Callback):
         folder = run_folder(trainer)
         if trainer.fast_dev_run or folder is None:  # type: ignore[attr-defined]
             return
-        trained = isinstance(pl_module.network, ISANet)  # an ONNX file does not say how long
         record = {
             "command": shlex.join(["isanet-pl", *sys.argv[1:]]),
             "stage": stage,
-            "step": pl_module.trained_steps if trained else None,
+            "step": step,
             "seconds": round(self.seconds),
             "machine": describe_machine(),
             "torch": torch.__version__,
             "git": self.code,
-            "parameters": sum(p.numel() for p in pl_module.parameters()) if trained else None,
+            "parameters": sum(p.numel() for p in pl_module.parameters()) or None,
             "gmacs": self._gmacs(pl_module),
             "image_size": self.image_size,
             "scores": {k: None if math.isnan(v) else round(v, 6) for k, v in scores.items()},
