@@ -147,6 +147,27 @@ def test_atrous_pyramid_against_its_formula():
     assert torch.allclose(module(x), module.conv_bn(torch.cat(parts, 1)), atol=1e-10)
 
 
+@pytest.mark.parametrize("context", Context.__args__)
+def test_every_context_has_the_slope_of_the_head(context):
+    network = ISANet(3, "resnet18", last_stage=1, context=context, key_channels=8,
+                     value_channels=8, out_channels=8, negative_slope=0.01)  # fmt: skip
+    slopes = [m.negative_slope for m in network.modules() if isinstance(m, nn.LeakyReLU)]
+    assert len(slopes) >= 2
+    assert set(slopes) == {0.01}
+    assert not any(isinstance(m, nn.ReLU) for m in network.context.modules())
+
+
+@pytest.mark.parametrize("option", ["value_bias", "context_first"])
+@pytest.mark.parametrize("form", ["direct", "reduced"])
+def test_an_option_of_isa_is_refused_elsewhere_but_at_its_default(form, option):
+    default = form == "reduced"
+    options = {"form": form, "context": "dense", "key_channels": 8, "out_channels": 8}
+    # As a checkpoint has it, which leaves no default open.
+    ISANet(3, "resnet18", last_stage=1, **options, **{option: default})
+    with pytest.raises(ValueError, match=f"{option} is of ISA alone: .* with context dense"):
+        ISANet(3, "resnet18", last_stage=1, **options, **{option: not default})
+
+
 @pytest.mark.parametrize("form", ["direct", "reduced"])
 @pytest.mark.parametrize("context", Context.__args__)
 def test_every_context_trains_in_both_forms(context, form):

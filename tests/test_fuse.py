@@ -61,7 +61,9 @@ def test_every_kind_of_backbone_folds(backbone):
 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_every_context_folds(context):
-    check(small(context=context).double(), torch.randn(2, 3, 72, 56).double(), 1e-12)
+    for slope in (0.0, 0.01):
+        network = small(context=context, negative_slope=slope).double()
+        check(network, torch.randn(2, 3, 72, 56).double(), 1e-12)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ backbone, classifier and recipe, and differ in the context alone.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,18 @@ class NoContext(nn.Module):
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         dropout: Probability of Dropout2d on the output.
+        negative_slope: Of the activations below zero.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        negative_slope: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.conv_bn = conv_bn_relu(in_channels, out_channels)
+        self.conv_bn = conv_bn_relu(in_channels, out_channels, 1, negative_slope)
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,6 +54,7 @@ class DenseAttention(nn.Module):
         out_channels: Channels of the output.
         dropout: Probability of Dropout2d on the output.
         sdpa: Use PyTorch's fused attention; the papers' code stores the affinity.
+        negative_slope: Of the activations below zero.
     """
 
     def __init__(
@@ -55,12 +64,19 @@ class DenseAttention(nn.Module):
         out_channels: int,
         dropout: float = 0.0,
         sdpa: bool = False,
+        negative_slope: float = 0.0,
     ) -> None:
         super().__init__()
         self.attention = SelfAttentionBlock2D(
-            in_channels, key_channels, key_channels, out_channels, recompute=False, sdpa=sdpa
+            in_channels,
+            key_channels,
+            key_channels,
+            out_channels,
+            negative_slope=negative_slope,
+            recompute=False,
+            sdpa=sdpa,
         )
-        self.conv_bn = conv_bn_relu(in_channels + out_channels, out_channels)
+        self.conv_bn = conv_bn_relu(in_channels + out_channels, out_channels, 1, negative_slope)
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,6 +93,7 @@ class PyramidPooling(nn.Module):
         out_channels: Channels of each pooled branch and of the output.
         dropout: Probability of Dropout2d on the output.
         pool_sizes: Parts along each side of the map, for each branch.
+        negative_slope: Of the activations below zero.
     """
 
     def __init__(
@@ -85,14 +102,16 @@ class PyramidPooling(nn.Module):
         out_channels: int,
         dropout: float = 0.0,
         pool_sizes: Sequence[int] = (1, 2, 3, 6),
+        negative_slope: float = 0.0,
     ) -> None:
         super().__init__()
+        conv = partial(conv_bn_relu, negative_slope=negative_slope)
         self.branches = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(size), *conv_bn_relu(in_channels, out_channels))
+            nn.Sequential(nn.AdaptiveAvgPool2d(size), *conv(in_channels, out_channels))
             for size in pool_sizes
         )
         channels = in_channels + len(pool_sizes) * out_channels
-        self.conv_bn = conv_bn_relu(channels, out_channels, 3)
+        self.conv_bn = conv(channels, out_channels, 3)
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,6 +129,7 @@ class AtrousPyramid(nn.Module):
         out_channels: Channels of each branch and of the output.
         dropout: Probability of Dropout2d on the output.
         dilations: Of the branches; 1 is a conv1x1. The default is that of stride 8.
+        negative_slope: Of the activations below zero.
     """
 
     def __init__(
@@ -118,17 +138,16 @@ class AtrousPyramid(nn.Module):
         out_channels: int,
         dropout: float = 0.0,
         dilations: Sequence[int] = (1, 12, 24, 36),
+        negative_slope: float = 0.0,
     ) -> None:
         super().__init__()
-        self.image_pool = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), *conv_bn_relu(in_channels, out_channels)
-        )
+        conv = partial(conv_bn_relu, negative_slope=negative_slope)
+        self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv(in_channels, out_channels))
         self.branches = nn.ModuleList(
-            conv_bn_relu(in_channels, out_channels, 1 if d == 1 else 3, dilation=d)
-            for d in dilations
+            conv(in_channels, out_channels, 1 if d == 1 else 3, dilation=d) for d in dilations
         )
         channels = (1 + len(dilations)) * out_channels
-        self.conv_bn = conv_bn_relu(channels, out_channels, 3)
+        self.conv_bn = conv(channels, out_channels, 3)
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,17 +204,24 @@ class RecurrentCrissCross(nn.Module):
         out_channels: Channels inside and of the output.
         dropout: Probability of Dropout2d on the output.
         recurrence: Passes.
+        negative_slope: Of the activations below zero.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, dropout: float = 0.0, recurrence: int = 2
+        self,
+        in_channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        recurrence: int = 2,
+        negative_slope: float = 0.0,
     ) -> None:
         super().__init__()
         self.recurrence = recurrence
-        self.before = conv_bn_relu(in_channels, out_channels, 3)
+        conv = partial(conv_bn_relu, negative_slope=negative_slope)
+        self.before = conv(in_channels, out_channels, 3)
         self.attention = CrissCrossAttention(out_channels, max(1, out_channels // 8))
-        self.after = conv_bn_relu(out_channels, out_channels, 3)
-        self.conv_bn = conv_bn_relu(in_channels + out_channels, out_channels, 3)
+        self.after = conv(out_channels, out_channels, 3)
+        self.conv_bn = conv(in_channels + out_channels, out_channels, 3)
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

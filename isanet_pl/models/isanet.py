@@ -72,10 +72,10 @@ class ISANet(nn.Module):
             cheaper by the square of the stride; the reduced form always does so.
         order: The stages of ISA, the other way round, or one alone (ablations).
         mask_padding: Keep ISA's padded positions from being attended to; the reference does not.
-        value_bias: Give the value convs a bias, as mmsegmentation does and the authors do not;
-            None: if reduced.
+        value_bias: Give ISA's value convs a bias, as mmsegmentation does and the authors do not;
+            None: if reduced. Of ISA alone.
         context_first: Concatenate [context, input], as mmsegmentation does, instead of
-            [input, context], as the authors do; None: if reduced.
+            [input, context], as the authors do; None: if reduced. Of ISA alone.
         ceil_mode: Round the max-pool's size up (the authors' backbone).
         negative_slope: Of the head's activations below zero; 0 is ReLU. The authors' models with
             InPlaceABN have 0.01.
@@ -141,6 +141,9 @@ class ISANet(nn.Module):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         reduced = form == "reduced"
+        for name, value in (("value_bias", value_bias), ("context_first", context_first)):
+            if context != "isa" and value not in (None, reduced):
+                raise ValueError(f"{name} is of ISA alone: leave it null with context {context}")
         dropout = (0.1 if reduced else 0.0) if dropout is None else dropout
         aux_head = reduced if aux_head is None else aux_head
         align_corners = not reduced if align_corners is None else align_corners
@@ -185,10 +188,17 @@ class ISANet(nn.Module):
             )
         elif context in ("dense", "dense_sdpa"):
             self.context = DenseAttention(
-                channels, key_channels, out_channels, dropout, sdpa=context == "dense_sdpa"
+                channels,
+                key_channels,
+                out_channels,
+                dropout,
+                sdpa=context == "dense_sdpa",
+                negative_slope=negative_slope,
             )
         else:
-            self.context = OTHER_CONTEXTS[context](channels, out_channels, dropout)
+            self.context = OTHER_CONTEXTS[context](
+                channels, out_channels, dropout, negative_slope=negative_slope
+            )
         self.project: nn.Module = nn.Identity()
         if reduced:
             self.classifier = nn.Conv2d(out_channels, num_classes, 1)
