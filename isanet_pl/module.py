@@ -136,6 +136,10 @@ class SegmentationModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compiles the network for training, in place: the names of its weights stay."""
+        # What an evaluation that failed has left: no hook is called at its end.
+        self.teardown(stage)
+        for scores in (*self.metrics.values(), *self.losses.values()):
+            scores.reset()  # type: ignore[operator]
         if self.compile_network and stage == "fit":
             self.network.compile()
 

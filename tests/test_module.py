@@ -229,6 +229,24 @@ def test_infinite_gradient_stops_before_it_reaches_the_weights(tmp_path):
     assert torch.equal(module.network.classifier.weight, before)
 
 
+def test_training_after_an_evaluation_that_failed_validates_its_own_weights(tmp_path):
+    class Fails(pl.Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *_):
+            raise InputError("the data is broken")
+
+    module, loader = make_module(), make_loader()
+    with pytest.raises(InputError, match="the data is broken"):
+        make_trainer(tmp_path, callbacks=[Fails()]).validate(module, loader, verbose=False)
+    losses = []
+    trainer = make_trainer(tmp_path, max_steps=2, val_check_interval=2, num_sanity_val_steps=0)
+    trainer.fit(module, loader, loader)
+    losses.append(float(trainer.callback_metrics["val/loss"]))
+    trainer = make_trainer(tmp_path)
+    trainer.validate(module, loader, verbose=False)
+    losses.append(float(trainer.callback_metrics["val/loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_schedule_without_a_length_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"set trainer\.max_steps"):
         make_trainer(tmp_path, max_steps=-1).fit(make_module(), make_loader())
