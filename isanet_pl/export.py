@@ -71,6 +71,8 @@ class SegmentationTrainer(pl.Trainer):
         target = Path(path)
         multiples = size_multiples(network)
         _check_options(target, size, dynamic, multiples, images, int8)
+        if num_calibration < 1:
+            raise InputError(f"--num_calibration must be 1 or more: {num_calibration}")
         metadata = {
             **model.description(),
             "size": None if dynamic else list(size),
@@ -209,7 +211,8 @@ def quantise(target: Path, inputs: Sequence[Tensor]) -> None:
 def _read_images(folder: Path, size: Sequence[int], count: int) -> list[Tensor]:
     """Returns images of a folder, evenly chosen, each resized to (1, 3, H, W) uint8."""
     files = list_files(folder, IMAGE_SUFFIXES, recursive=True)
-    chosen = files[:: max(1, len(files) // count)][:count]
+    count = min(count, len(files))
+    chosen = [files[i * len(files) // count] for i in range(count)]
 
     def resized() -> Iterator[Tensor]:
         for path in chosen:

@@ -14,7 +14,7 @@ from test_predictions import NAMES, PALETTE, write_checkpoint
 
 from isanet_pl.cli import main
 from isanet_pl.errors import InputError
-from isanet_pl.export import size_multiples
+from isanet_pl.export import _read_images, size_multiples
 from isanet_pl.exported import OnnxNetwork, read_metadata
 from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
@@ -179,12 +179,24 @@ def test_int8(checkpoint, tmp_path, fixed, capsys):
         (("--int8", "true"), "--int8 true needs an .onnx file and --images"),
         (("--path", "a.pt2", "--int8", "true", "--images", "."), "needs an .onnx file"),
         (("--images", "nowhere"), "folder not found: nowhere"),
+        (("--num_calibration", "0"), "--num_calibration must be 1 or more: 0"),
     ],
 )
 def test_wrong_options_are_refused(checkpoint, tmp_path, arguments, message):
     with pytest.raises(InputError, match=message):
         export(checkpoint, tmp_path / "a.onnx", *arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(1, [0]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (5, range(5)), (9, range(5))],
+)
+def test_images_to_calibrate_with_are_evenly_chosen(tmp_path, count, expected):
+    for i in range(5):
+        Image.new("RGB", (4, 4), (i, i, i)).save(tmp_path / f"{i}.png")
+    chosen = _read_images(tmp_path, (2, 2), count)
+    assert [int(image[0, 0, 0, 0]) for image in chosen] == list(expected)
 
 
 def test_without_onnx_it_is_said_what_to_install(checkpoint, tmp_path, monkeypatch):
