@@ -77,19 +77,36 @@ def less_memory(command: str, config: Any) -> str:
         command: The one that ran out of memory.
         config: Its config.
     """
-    data, network = config.data.init_args, config.model.network
-    options = _less_for_training(config) if command == "fit" else []
+    if command == "export":
+        options = _less_for_export(config)
+    else:
+        options = _less_for_training(config) if command == "fit" else []
+        options += _less_for_inference(command, config)
+    context = config.model.network.context
+    if context in ("dense", "rcca"):
+        options.append(f"--model.network.context isa (now {context}; train anew)")
+    return "try one or more of\n  " + "\n  ".join(options)
+
+
+def _less_for_export(config: Any) -> list[str]:
+    size, images = list(config.size), config.num_calibration
+    options = [f"--size '{[max(1, side // 2) for side in size]}' (now {size})"]
+    if config.images is not None and images > 1:
+        options.append(f"--num_calibration {images // 2} (now {images})")
+    return options
+
+
+def _less_for_inference(command: str, config: Any) -> list[str]:
+    data, options = config.data.init_args, []
     if config.model.inference.mode == "whole":
         options.append(
             "--model.inference.mode slide --model.inference.crop_size '[512, 512]' (evaluation "
             "now sees whole images)"
         )
-    if network.context in ("dense", "rcca"):
-        options.append(f"--model.network.context isa (now {network.context}; train anew)")
-    if data.eval_batch_size > 1:
+    if command != "predict" and data.eval_batch_size > 1:  # it takes them one by one
         options.append(f"--data.eval_batch_size 1 (now {data.eval_batch_size})")
     options.append("--data.num_workers 1 (each loader process takes memory too)")
-    return "try one or more of\n  " + "\n  ".join(options)
+    return options
 
 
 def _less_for_training(config: Any) -> list[str]:

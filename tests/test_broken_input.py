@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -22,6 +23,7 @@ from PIL import ExifTags, Image
 from isanet_pl.__main__ import run
 from isanet_pl.cli import main
 from isanet_pl.errors import InputError
+from isanet_pl.explain import less_memory
 from isanet_pl.models import ISANet
 
 CONFIG = """
@@ -724,6 +726,25 @@ def test_out_of_memory_in_evaluation_proposes_nothing_for_training(
     assert "--model.inference.mode slide" in text
     assert "accumulate" not in text
     assert "crop_size '[24" not in text
+
+
+@pytest.mark.parametrize(
+    ("command", "proposed"),
+    [
+        ("export", ["--size '[256, 512]' (now [512, 1024])", "--num_calibration 32 (now 64)"]),
+        ("predict", ["--model.inference.mode slide", "--data.num_workers 1"]),
+    ],
+)
+def test_out_of_memory_proposes_what_the_command_has(command, proposed):
+    config = Namespace(
+        data=Namespace(init_args=Namespace(eval_batch_size=4)),
+        model=Namespace(network=Namespace(context="isa"), inference=Namespace(mode="whole")),
+        size=(512, 1024), images="photos", num_calibration=64,
+    )  # fmt: skip
+    lines = less_memory(command, config).splitlines()[1:]
+    assert len(lines) == len(proposed)
+    for line, words in zip(lines, proposed, strict=True):
+        assert words in line
 
 
 def test_another_runtime_error_keeps_its_stack_trace(place, monkeypatch):
