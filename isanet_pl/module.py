@@ -55,8 +55,8 @@ class SegmentationModule(pl.LightningModule):
             so few images that their own are of no use. Its scales and shifts are still trained.
 
     Raises:
-        InputError: There are not as many class weights as classes, or `scale_lr` lacks its
-            reference.
+        InputError: There are not as many class weights as classes, the warm-up takes all steps or
+            less than none, or `scale_lr` lacks its reference.
     """
 
     hparams: Any
@@ -88,6 +88,10 @@ class SegmentationModule(pl.LightningModule):
             raise InputError(
                 f"model.loss.class_weights has {len(loss.class_weights)} entries for {num_classes} "
                 f"classes: {', '.join(class_names)}"
+            )
+        if not 0 <= warmup_fraction < 1:
+            raise InputError(
+                f"model.warmup_fraction must be at least 0 and below 1, got {warmup_fraction}"
             )
         if scale_lr and reference_batch_size is None:
             raise InputError("model.scale_lr needs model.reference_batch_size to scale from")

@@ -133,6 +133,12 @@ def test_scaling_needs_a_reference():
         make_module(scale_lr=True)
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.0, 500.0])
+def test_a_warm_up_that_is_no_share_of_the_steps_is_refused(share):
+    with pytest.raises(InputError, match=f"warmup_fraction must be .* below 1, got {share}"):
+        make_module(warmup_fraction=share)
+
+
 def test_nothing_of_an_evaluation_is_left_for_the_next(tmp_path):
     module, trainer = make_module(), make_trainer(tmp_path)
     trainer.validate(module, make_loader(), verbose=False)
