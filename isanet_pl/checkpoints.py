@@ -114,6 +114,7 @@ def with_config_of_checkpoint(args: list[str]) -> list[str]:
         return [args[0], "--config", json.dumps(config), *args[1:]]
     # The user's data set knows its classes; images come to the size that was trained for.
     base_size = config.pop("data")["init_args"].get("base_size")
-    if base_size and "--data" in options and "--data.base_size" not in options:
+    own = {"--data.base_size", "--data.init_args.base_size"} & set(options)
+    if base_size and "--data" in options and not own:
         args = [*args, f"--data.base_size={base_size}"]
     return [args[0], "--config", json.dumps(config), *args[1:]]

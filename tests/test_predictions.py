@@ -11,6 +11,7 @@ import torch
 from conftest import make_scene
 from PIL import Image
 
+from isanet_pl.checkpoints import with_config_of_checkpoint
 from isanet_pl.cli import main
 from isanet_pl.data import ADE20K, Cityscapes, SegmentationFolder, dataset
 from isanet_pl.errors import InputError
@@ -401,6 +402,15 @@ def test_validation_without_a_config(folder, tmp_path):
     assert cli.model.network.form == "reduced"
     assert plain(cli.model.inference) == plain(Inference(flip=True, base_size=(48, 24)))
     assert (tmp_path / "runs" / "a" / "version_0" / "results.json").is_file()
+
+
+@pytest.mark.parametrize("option", ["--data.base_size", "--data.init_args.base_size"])
+def test_the_users_base_size_wins_over_the_checkpoints(tmp_path, option):
+    path = write_checkpoint(tmp_path / "a.ckpt", inference={"base_size": [48, 24]})
+    arguments = ["validate", "--ckpt_path", str(path), "--data", "SegmentationFolder"]
+    assert with_config_of_checkpoint(arguments)[-1] == "--data.base_size=[48, 24]"
+    for given in ([option, "[40, 20]"], [f"{option}=[40, 20]"]):
+        assert with_config_of_checkpoint([*arguments, *given])[-len(given) :] == given
 
 
 def test_left_and_right_classes_travel_with_the_checkpoint(photos, tmp_path):
