@@ -21,13 +21,13 @@ Array = npt.NDArray[np.float32]
 class SyntheticDataset(Dataset[Sample]):
     """Scenes of grey balls on a soft background with one coloured lamp in a corner.
 
-    The class of every ball is the lamp's colour; nothing near a ball tells it. So that neither
-    stage of ISA can do it alone, the scene keeps to a lattice of 80-pixel cells: the lamp hugs the
-    outer corner of a corner cell, balls sit in the opposite corner of the other cells. With windows
-    of 80 pixels the long range does not lead from the lamp to a ball (their places in the window
-    differ), nor does the short range (their windows differ), even where both are blurred by a
-    backbone that sees 21 pixels far, as a ResNet-18 up to its first stage does. One that sees
-    further may solve the task by itself.
+    The class of every ball is the colour of the lamp around its white core; nothing near a ball
+    tells it. So that neither stage of ISA can do it alone, the scene keeps to a lattice of 80-pixel
+    cells: the lamp hugs the outer corner of a corner cell, balls sit in the opposite corner of the
+    other cells. With windows of 80 pixels the long range does not lead from the lamp to a ball
+    (their places in the window differ), nor does the short range (their windows differ), even where
+    both are blurred by a backbone that sees 21 pixels far, as a ResNet-18 up to its first stage
+    does, and by the head. A backbone that sees further may solve the task by itself.
 
     Args:
         num_images: Length.
@@ -112,11 +112,12 @@ class SyntheticDataset(Dataset[Sample]):
         return rows, columns, inside
 
     def _draw_lamp(self, image: Array, centre: Array, colour: Array) -> None:
-        rows, columns, y, x = self._around(centre, 1.5 * LAMP_RADIUS)
+        rows, columns, y, x = self._around(centre, 1.25 * LAMP_RADIUS)
         patch = image[rows, columns]
         y, x = y[: patch.shape[0]], x[:, : patch.shape[1]]
-        glow = np.exp(-(((y**2 + x**2) / LAMP_RADIUS**2) ** 2))[..., None]
-        image[rows, columns] = patch * (1 - glow) + glow * (0.75 * colour + 0.25 * 255)
+        distance = (y**2 + x**2) / LAMP_RADIUS**2
+        glow, core = np.exp(-(distance**4))[..., None], np.exp(-((4 * distance) ** 2))[..., None]
+        image[rows, columns] = patch * (1 - glow) + glow * (core * 255 + (1 - core) * colour)
 
 
 class Synthetic(SegmentationDataModule):
