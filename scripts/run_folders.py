@@ -24,7 +24,7 @@ class Result:
 
     command: str
     stage: str
-    step: int
+    step: int | None
     scores: Mapping[str, float | None]
     seconds: float | None = None
     machine: str | None = None
@@ -181,7 +181,8 @@ def read_result(path: Path) -> Result:
             if scores[name] is None:
                 raise ValueError(f"{name} is null")
         known = {key: record.get(key) for key in Result.__dataclass_fields__}
-        return Result(**{**known, "step": int(record["step"]), "scores": scores})
+        step = None if record["step"] is None else int(record["step"])  # None: not known
+        return Result(**{**known, "step": step, "scores": scores})
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it lacks what a result has: {error}") from error
 

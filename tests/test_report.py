@@ -470,3 +470,13 @@ def test_curves_are_smoothed_and_averaged():
     assert (smoothed[1], smoothed[2], smoothed[40]) == (1.0, 1.5, 39.5)
     assert mean_curve([{1: 1.0, 2: 2.0}, {2: 4.0, 3: 9.0}]) == {2: 3.0}
     assert mean_curve([]) == {}
+
+
+def test_an_exported_network_tells_neither_steps_nor_parameters(tmp_path):
+    folder = write_run(tmp_path / "onnx" / "version_0", 0.5, command="validate")
+    record = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({**record, "step": None, "parameters": None}))
+    assert report(tmp_path / "onnx", "--output", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "left out" not in text
+    assert "| 50.00 |" in text

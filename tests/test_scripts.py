@@ -20,7 +20,14 @@ def script(name, *args, cwd):
 
 
 @pytest.mark.parametrize(
-    "name", ["benchmark_data.py", "convert_checkpoint.py", "draw_stages.py", "results.py"]
+    "name",
+    [
+        "benchmark_data.py",
+        "benchmark_efficiency.py",
+        "convert_checkpoint.py",
+        "draw_stages.py",
+        "results.py",
+    ],
 )
 def test_every_option_has_a_help_line(name):
     source = (ROOT / "scripts" / name).read_text("utf-8")
