@@ -28,16 +28,14 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
     times = [row["median"] for row in windows]
     window_axis.plot(sides, times, "o-", color="C2")
     for side, time in zip(sides, times, strict=True):
-        window_axis.annotate(
-            f"{time:.0f}", (side, time), (0, 6), textcoords="offset points", ha="center"
-        )
+        window_axis.annotate(f"{time:.0f}", (side, time), (4, 6), textcoords="offset points")
     window_axis.set(
         xscale="log",
         yscale="log",
         xlabel=f"edge of ISA's window, map of {windows[0]['size']}x{windows[0]['size']}",
         ylabel="ms",
     )
-    window_axis.margins(x=0.1, y=0.15)
+    window_axis.margins(x=0.15, y=0.15)
     window_axis.set_xticks(sides, [str(side) for side in sides])
     window_axis.set_yticks([])
     window_axis.minorticks_off()
