@@ -119,7 +119,8 @@ def restore_random_state(state: dict[str, Any]) -> None:
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`, from which a run goes on as if it had never stopped.
 
-    It is written every few steps, after each validation, and when SIGTERM asks the process to end.
+    It is written every few steps, after each validation, at the end, and when SIGTERM asks the
+    process to end.
 
     Args:
         every_n_steps: Optimiser steps between two writes: no more can be lost.
@@ -246,7 +247,9 @@ class LastCheckpoint(Checkpoint):
         """Saves, if it is time to and the step has no validation to come."""
         self.stepped, self.step = trainer.global_step != self.step, trainer.global_step
         self.stopping = trainer.strategy.reduce_boolean_decision(self.asked_to_stop, all=False)
-        due = self.stopping or self.step % self.every_n_steps == 0
+        last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        ends = self.step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
+        due = self.stopping or ends or self.step % self.every_n_steps == 0
         loop = trainer.fit_loop
         if due and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
             self._save(trainer)

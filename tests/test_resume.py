@@ -239,6 +239,26 @@ def test_a_run_stopped_after_its_last_step_still_gives_its_result(stopped):
     assert after["seconds"] >= before["seconds"]
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        pytest.param({"trainer.max_steps": 4}, 4, id="steps"),
+        # Two epochs of seven steps, the second one's validation left out.
+        pytest.param(
+            {**BY_EPOCHS, "trainer.max_epochs": 2, "trainer.accumulate_grad_batches": 1,
+             "trainer.check_val_every_n_epoch": 3},
+            14,
+            id="epochs",
+        ),
+    ],
+)  # fmt: skip
+def test_the_end_is_saved_where_no_validation_comes_there(options, steps, tmp_path):
+    run = fit(tmp_path, **{"last_checkpoint.every_n_steps": 100, **options})
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == steps
+    assert fit(tmp_path, **options, resume="true") == run  # nothing is left to do
+
+
 def test_time_adds_up_in_the_folder_of_a_run_and_only_there(tmp_path):
     for folder, seconds in (("run", 1000), ("other", 0)):
         table = ResultTable()
