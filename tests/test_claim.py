@@ -1,7 +1,8 @@
 """The paper's claim in miniature: what needs context from afar is learnt by both stages together.
 
-The quick start, trained for real. That no other context can learn it, whatever its weights, is in
-test_synthetic.py; `scripts/ablate.py` makes the long form, over seeds.
+A shortened quick start, trained for real. That neither stage alone can learn it, whatever its
+weights, is in test_synthetic.py; `scripts/ablate.py` makes the long form, with dense attention and
+over seeds.
 """
 
 from pathlib import Path
@@ -14,15 +15,16 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context", ["isa", "dense"])
-def test_both_stages_together_find_the_lamp_as_dense_attention_does(context, tmp_path):
+def test_both_stages_together_find_the_lamp(tmp_path):
     options = {
+        "--seed_everything": 1,
         "--data.num_workers": 0,
+        "--trainer.max_steps": 200,
+        "--trainer.val_check_interval": 200,
         "--trainer.enable_progress_bar": "false",
         "--runs_dir": tmp_path,
-        "--model.network.context": context,
     }
     arguments = [str(part) for pair in options.items() for part in pair]
     trainer = main(["fit", "--config", str(QUICKSTART), *arguments]).trainer
-    # 0.93 and 0.94 over three seeds; without the lamp's colour 0.24.
-    assert float(trainer.callback_metrics["val/miou"]) > 0.88
+    # 0.91; whoever finds the balls and guesses their class has 0.24.
+    assert float(trainer.callback_metrics["val/miou"]) > 0.8
