@@ -1,8 +1,7 @@
 """The paper's claim in miniature: what needs context from afar is learnt by both stages together.
 
-A shortened quick start, trained for real. That neither stage alone can learn it, whatever its
-weights, is in test_synthetic.py; `scripts/ablate.py` makes the long form, with dense attention and
-over seeds.
+A shortened quick start, trained for real. That neither stage alone can learn it is in
+test_synthetic.py; `scripts/ablate.py` makes the long form, with dense attention and over seeds.
 """
 
 from pathlib import Path

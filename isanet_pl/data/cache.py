@@ -83,7 +83,10 @@ class DecodedCache:
             with tempfile.TemporaryFile(dir=self.folder):
                 free = shutil.disk_usage(self.folder).free
         except OSError as error:
-            raise _write_error(self.folder, error) from error
+            raise InputError(
+                f"cannot write to --data.cache {self.folder}: {error.strerror}; name a folder that "
+                "can be written, or run without --data.cache"
+            ) from error
         sampled = 0
         for image in missing:
             with contextlib.suppress(InputError):  # it will never be cached; its reader names it
@@ -201,13 +204,6 @@ def _source(pair: Pair) -> list[int]:
             f"{what}: {error.filename}; restore it, as the cache needs the files it was made of"
         ) from error
     return [image.st_size, image.st_mtime_ns, mask.st_size, mask.st_mtime_ns]
-
-
-def _write_error(folder: Path, error: OSError) -> InputError:
-    return InputError(
-        f"cannot write to --data.cache {folder}: {error.strerror}; name a folder that can be "
-        "written, or run without --data.cache"
-    )
 
 
 def _readable(size: int) -> str:

@@ -79,10 +79,12 @@ class FusedSelfAttention(nn.Module):
         # where W widens the value: A would be multiplied with more channels, at a higher cost.
         out = _fold(block.W[0], block.W[1])
         value, weight = block.f_value, out.weight.flatten(1)
-        merged = (weight @ value.weight.flatten(1))[..., None, None]
-        merge = value.out_channels >= out.out_channels
-        self.value_weight = nn.Parameter(merged if merge else value.weight)
-        self.out_weight = None if merge else nn.Parameter(out.weight)
+        if value.out_channels >= out.out_channels:
+            self.value_weight = nn.Parameter((weight @ value.weight.flatten(1))[..., None, None])
+            self.out_weight = None
+        else:
+            self.value_weight = nn.Parameter(value.weight)
+            self.out_weight = out.weight
         bias = out.bias if value.bias is None else out.bias + weight @ value.bias
         self.out_bias = nn.Parameter(bias)
 
