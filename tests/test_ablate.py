@@ -39,6 +39,7 @@ def write_base(folder, **trainer):
     config["last_checkpoint"] = {"every_n_steps": 5}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     (folder / "hungry.yaml").write_text("data: {init_args: {batch_size: 9}}")
+    (folder / "offline.yaml").write_text("wandb: offline")
     return folder
 
 
@@ -59,9 +60,12 @@ def ablate(folder, *args):
 def grid(tmp_path_factory):
     """Returns a folder where a grid of three settings and two seeds ran, and what it printed."""
     folder = write_base(tmp_path_factory.mktemp("grid"))
-    overlays = ("--overlays", NONE, "hungry.yaml")
+    overlays = ("--overlays", f"{NONE}+offline.yaml", "hungry.yaml")
     code, out = ablate(folder, *overlays, "--seeds", 0, 1, "--jobs", 2, *QUICK)
     return folder, code, out
+
+
+SETTINGS = {"base": "isa", "context_none+offline": "none"}
 
 
 def result(folder, cell, version=0):
@@ -72,7 +76,7 @@ def result(folder, cell, version=0):
 @pytest.mark.slow
 def test_each_cell_is_a_run_with_its_overlay_and_seed(grid):
     folder, _, _ = grid
-    for setting, context in (("base", "isa"), ("context_none", "none")):
+    for setting, context in SETTINGS.items():
         for seed in (0, 1):
             cell = folder / "runs" / "ablation_tiny" / setting / f"seed{seed}"
             assert result(folder, f"{setting}/seed{seed}")["step"] == 4
@@ -95,7 +99,7 @@ def test_a_failing_cell_stops_nothing_and_is_reported_with_its_log(grid):
 def test_the_table_has_mean_and_spread(grid):
     folder, _, out = grid
     means = {}
-    for setting in ("base", "context_none"):
+    for setting in SETTINGS:
         a, b = (100 * result(folder, f"{setting}/seed{i}")["scores"]["miou"] for i in (0, 1))
         means[setting] = (a + b) / 2
         row = next(line for line in out.splitlines() if line.startswith(f"│ {setting} "))
@@ -103,8 +107,19 @@ def test_the_table_has_mean_and_spread(grid):
         spread = abs(a - b) / 2**0.5  # of a sample of two
         assert cells[1:4] == ["2", f"{means[setting]:.2f}", f"{spread:.2f}"]
         assert cells[5] == f"{a:.2f} {b:.2f}"
-    assert cells[4] == f"{means['context_none'] - means['base']:+.2f}"
+    assert cells[4] == f"{means['context_none+offline'] - means['base']:+.2f}"
     assert "report.py runs/ablation_tiny" in out
+
+
+def test_wandb_groups_the_grid_and_tags_the_cells(grid):
+    folder, _, _ = grid
+    for seed in (0, 1):
+        cell = folder / "runs" / "ablation_tiny" / "context_none+offline" / f"seed{seed}"
+        [path] = cell.glob("version_0/**/*.wandb")
+        run = RunFile(path).run
+        assert run.run_group == "ablation_tiny"
+        assert set(run.tags) == {"context_none", "offline", f"seed{seed}"}
+    assert not list(folder.glob("runs/*/base/**/*.wandb"))
 
 
 def in_process(folder, monkeypatch, *args):
@@ -116,7 +131,8 @@ def in_process(folder, monkeypatch, *args):
 
 def test_a_second_start_runs_nothing_again(grid, monkeypatch, capsys):
     folder, _, _ = grid
-    assert in_process(folder, monkeypatch, "--overlays", NONE, "--seeds", 0, 1, *QUICK) == 0
+    overlays = ("--overlays", f"{NONE}+offline.yaml")
+    assert in_process(folder, monkeypatch, *overlays, "--seeds", 0, 1, *QUICK) == 0
     out = capsys.readouterr().out
     assert out.count("has finished") == 4
     assert "starts" not in out
@@ -244,7 +260,7 @@ def is_locked(path):
 
 
 @pytest.mark.slow
-def test_a_stopped_grid_goes_on_where_it_was(tmp_path):
+def test_a_stopped_grid_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     write_base(tmp_path, max_steps=100, val_check_interval=50, log_every_n_steps=1)
     cell = tmp_path / "runs" / "ablation_tiny" / "base" / "seed0"
     log, run = cell.with_suffix(".log"), cell / "version_0"
@@ -272,8 +288,8 @@ def test_a_stopped_grid_goes_on_where_it_was(tmp_path):
     stopped_at = torch.load(last, weights_only=True)["global_step"]
     assert 0 < killed_at < stopped_at < 100
 
-    code, out = ablate(tmp_path, "--seeds", 0)
-    assert code == 0, out
+    assert in_process(tmp_path, monkeypatch, "--seeds", 0) == 0
+    out = capsys.readouterr().out
     assert f"base/seed0: resumes from {last.relative_to(tmp_path)}" in out
     assert [path.name for path in cell.iterdir()] == ["version_0"]
     assert result(tmp_path, "base/seed0")["step"] == 100
@@ -291,17 +307,6 @@ def test_a_cell_that_another_process_runs_is_left_alone(tmp_path, monkeypatch, c
         assert in_process(tmp_path, monkeypatch, "--seeds", 0) == 1
     assert "base/seed0 has not finished: another process runs it" in capsys.readouterr().out
     assert [path.name for path in log.parent.iterdir()] == ["seed0.log"]
-
-
-def test_wandb_groups_the_grid_and_tags_the_cells(tmp_path):
-    write_base(tmp_path, max_steps=2)
-    options = ("--overlays", NONE, "--no-base", "--seeds", 4, "--output", "mine")
-    code, out = ablate(tmp_path, *options, *QUICK, "--wandb", "offline")
-    assert code == 0, out
-    [path] = tmp_path.glob("mine/context_none/seed4/**/*.wandb")
-    run = RunFile(path).run
-    assert run.run_group == "mine"
-    assert set(run.tags) == {"context_none", "seed4"}
 
 
 def test_several_runs_share_the_machine(monkeypatch):

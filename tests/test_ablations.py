@@ -1,6 +1,9 @@
 """The overlays: each changes what it names and nothing else, and trains."""
 
+import contextlib
+import io
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,20 +38,26 @@ def leaves(node, path=""):
     return {k: v for key, sub in node.items() for k, v in leaves(sub, f"{path}.{key}").items()}
 
 
-def resolve(capsys, *paths):
-    configs = [part for path in paths for part in ("--config", str(path))]
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", *configs, "--print_config"])
+@cache
+def resolve(*arguments):
+    """Returns the options of a command line by their dotted names."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stop:
+        main([*arguments, "--print_config"])
     assert stop.value.code == 0
-    return leaves(yaml.safe_load(capsys.readouterr().out))
+    return leaves(yaml.safe_load(printed.getvalue()))
+
+
+def fit_with(*paths):
+    return "fit", *(part for path in paths for part in ("--config", str(path)))
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
-def test_overlay_changes_exactly_the_keys_it_names(overlay, capsys):
+def test_overlay_changes_exactly_the_keys_it_names(overlay):
     named = leaves(yaml.safe_load(overlay.read_text()))
     changed = set()
     for base in (DIRECT, REDUCED):
-        before, after = resolve(capsys, base), resolve(capsys, base, overlay)
+        before, after = resolve(*fit_with(base)), resolve(*fit_with(base, overlay))
         assert before.keys() == after.keys()
         changed |= {key for key in before if before[key] != after[key]}
         assert {key: after[key] for key in named} == named

@@ -1,4 +1,7 @@
-"""Two processes on one machine, as users start them: what they compute, and how they end."""
+"""Two processes on one machine, as users start them: what they compute, and how they end.
+
+What they are compared with runs in the process of the test.
+"""
 
 import csv
 import json
@@ -18,6 +21,7 @@ from PIL import Image
 from test_predictions import write_checkpoint
 
 from isanet_pl.checkpoint_io import read_checkpoint
+from isanet_pl.cli import main
 from isanet_pl.data import SegmentationFolder
 from isanet_pl.ranks import watch
 
@@ -49,22 +53,24 @@ last_checkpoint: {{every_n_steps: 1}}
 """
 
 
-def command(*args, devices):
-    fixed = ["--trainer.accelerator", "cpu", "--trainer.devices", str(devices)]
+def command(*args):
+    fixed = ("--trainer.accelerator", "cpu", "--trainer.devices", "2")
     return [sys.executable, "-m", "isanet_pl", *map(str, args), *fixed]
 
 
-def run(*args, cwd, devices=2):
-    done = command(*args, "--data.num_workers", "0", devices=devices)
+def run(*args, cwd):
+    done = command(*args, "--data.num_workers", "0")
     return subprocess.run(done, capture_output=True, text=True, cwd=cwd, timeout=180)
 
 
-def fit(folder, devices, *args):
-    """Returns the run folder of a training whose steps see 4 images, on some devices."""
-    batch = ("--data.batch_size", 4 // devices, "--name", f"on{devices}")
-    done = run("fit", "--config", "tiny.yaml", *batch, *args, cwd=folder, devices=devices)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "runs" / f"on{devices}" / "version_0", done
+def fit_alone(folder, name, *args):
+    """Returns the run folder of a training in this process; a step sees 4 images, as with two."""
+    options = ("--config", "tiny.yaml", "--name", name, "--data.batch_size", 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["isanet-pl"])
+        main(["fit", *map(str, (*options, *args)), "--trainer.devices", "1"])
+    return folder / "runs" / name / "version_0"
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +85,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder):
     """Returns the run folder of one process."""
-    return fit(folder, 1)[0]
+    return fit_alone(folder, "alone")
 
 
 def logged(run_folder, name):
@@ -99,7 +105,11 @@ def assert_same_weights(run_folder, other):
 @pytest.mark.slow
 def test_two_processes_train_and_score_as_one(folder, alone):
     # With W&B, of which only the first process may know.
-    pair, done = fit(folder, 2, "--wandb", "offline", "--model.reference_batch_size", 2)
+    options = ("--config", "tiny.yaml", "--name", "pair", "--data.batch_size", 2)
+    options += ("--wandb", "offline", "--model.reference_batch_size", 2)
+    done = run("fit", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pair = folder / "runs" / "pair" / "version_0"
     assert "mIoU" in done.stdout
     assert "a step sees 4 images (2 devices x batch_size 2" in done.stderr
     assert_same_weights(pair, alone)
@@ -120,7 +130,7 @@ def test_two_processes_train_and_score_as_one(folder, alone):
 
 @pytest.mark.slow
 def test_two_processes_start_a_run_from_a_checkpoint_of_another_of_its_name(folder, alone):
-    options = ("--name", "on1", "--ckpt_path", alone / "checkpoints" / "last.ckpt")
+    options = ("--name", "alone", "--ckpt_path", alone / "checkpoints" / "last.ckpt")
     options += ("--data.batch_size", 2, "--trainer.max_steps", STEPS + 10)
     done = run("fit", "--config", "tiny.yaml", *options, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -159,15 +169,13 @@ def is_running(pid):
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_process_that_dies_ends_the_run_which_goes_on_with_another_number(
-    dies, folder, alone, tmp_path
+    dies, folder, alone, tmp_path, caplog
 ):
     name = f"dies{dies}"
-    options = ("fit", "--config", "tiny.yaml", "--name", name, "--resume", "true")
+    options = ("--config", "tiny.yaml", "--name", name, "--data.batch_size", 2)
     with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(
-            command(*options, "--data.batch_size", 2, devices=2),
-            cwd=folder, stdout=said, stderr=said,
-        )  # fmt: skip
+        started = command("fit", *options)
+        process = subprocess.Popen(started, cwd=folder, stdout=said, stderr=said)
         pids = ranks_of(process)
         run_folder = folder / "runs" / name / "version_0"
         while not (run_folder / "checkpoints" / "last.ckpt").exists():
@@ -184,10 +192,10 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_with_another_number(
     assert re.search(f"rank {dies} (was killed|has died)|connection to another", message)
     assert not (run_folder / "results.json").exists()
 
-    done = run(*options, "--data.batch_size", 4, cwd=folder, devices=1)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "data.init_args.batch_size: 2 before, now 4" in done.stderr
-    assert "trainer.devices: 2 before, now 1" in done.stderr
+    caplog.set_level("INFO", "isanet_pl")
+    assert fit_alone(folder, name, "--resume", "true") == run_folder
+    assert "data.init_args.batch_size: 2 before, now 4" in caplog.text
+    assert "trainer.devices: 2 before, now 1" in caplog.text
     assert_same_weights(run_folder, alone)
     assert (run_folder / "confusion_val.csv").read_text() == (
         alone / "confusion_val.csv"

@@ -1,16 +1,13 @@
 """The W&B sweeps: every command line that an agent would start parses and takes a step."""
 
-import contextlib
-import io
 import itertools
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import make_camvid
-from test_ablations import leaves
+from test_ablations import leaves, resolve
 
 from isanet_pl.cli import main
 
@@ -70,16 +67,6 @@ def as_agent(tmp_path, monkeypatch):
         return given
 
     return arguments
-
-
-@cache
-def resolve(*arguments):
-    """Returns the options by their dotted names."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stop:
-        main([*arguments, "--print_config"])
-    assert stop.value.code == 0
-    return leaves(yaml.safe_load(printed.getvalue()))
 
 
 @pytest.mark.parametrize("overlay", SETTINGS)

@@ -212,6 +212,7 @@ def nowhere(monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("WANDB_SILENT", "true")  # or it asks its server for a key's owner, and waits
     forget()
     yield monkeypatch
     forget()
