@@ -109,7 +109,7 @@ class Progress(pl.Callback):
         }
         pl_module.log_dict(rates, prog_bar=True)
         pl_module.log("images_per_s", speed, prog_bar=True)
-        pl_module.log_dict(peak_memory())
+        pl_module.log_dict(peak_memory(pl_module.device))
         self._print(trainer, rates, speed)
         self.images, self.since = 0, time.monotonic()
 
@@ -247,7 +247,7 @@ class ResultTable(pl.Callback):
             "stage": stage,
             "step": step,
             "seconds": round(self.seconds),
-            "machine": describe_machine(),
+            "machine": describe_machine(pl_module.device, trainer.world_size),
             "torch": torch.__version__,
             "git": self.code,
             "parameters": sum(p.numel() for p in pl_module.parameters()) or None,

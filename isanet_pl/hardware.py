@@ -15,13 +15,16 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def peak_memory() -> dict[str, float]:
-    """Returns the most GiB that this process has held so far: on its GPU, or else at all.
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Returns the most GiB that this process has held so far: on the GPU it uses, or else at all.
 
     Nothing where the system does not count it (Windows).
+
+    Args:
+        device: What the process computes on.
     """
-    if torch.cuda.is_available():
-        return {"memory/gpu_peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    if device.type == "cuda":
+        return {"memory/gpu_peak_gib": torch.cuda.max_memory_allocated(device) / 2**30}
     try:
         import resource
     except ImportError:
@@ -39,9 +42,14 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def describe_machine() -> str:
-    """Returns the GPU's name, or the processor's and the cores in use."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
-    cores = torch.get_num_threads()
+def describe_machine(device: torch.device, count: int = 1) -> str:
+    """Returns the GPUs' number and name, or the cores' and the processor's.
+
+    Args:
+        device: What a process computes on.
+        count: How many processes there are, with a device each.
+    """
+    if device.type == "cuda":
+        return f"{count}x {torch.cuda.get_device_name(device)}"
+    cores = torch.get_num_threads() * count
     return f"{cores} core{'s' if cores > 1 else ''} of {processor()}"

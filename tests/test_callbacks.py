@@ -79,7 +79,9 @@ def test_images_per_second_leave_out_validation_and_what_it_draws_and_saves(monk
         state=SimpleNamespace(fn="validate"),
     )
     module = SimpleNamespace(
-        log=lambda name, value, **_: logged.append((name, value)), log_dict=lambda *_, **__: None
+        log=lambda name, value, **_: logged.append((name, value)),
+        log_dict=lambda *_, **__: None,
+        device=torch.device("cpu"),
     )
     progress = Progress(every_n_steps=2)
     progress.on_train_start(trainer, module)

@@ -6,22 +6,34 @@ import sys
 import numpy as np
 import torch
 
-from isanet_pl.hardware import num_cores, peak_memory
+from isanet_pl.hardware import describe_machine, num_cores, peak_memory, processor
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda:1")
 
 
 def test_memory_is_that_of_the_process():
-    (before,) = peak_memory().values()
+    (before,) = peak_memory(CPU).values()
     held = np.ones(300 * 2**20, dtype=np.uint8)
-    (after,) = peak_memory().values()
-    if not torch.cuda.is_available():
-        assert 0.1 < before < after + held[0] < before + 2
-        assert after > 0.29
+    (after,) = peak_memory(CPU).values()
+    assert 0.1 < before < after + held[0] < before + 2
+    assert after > 0.29
 
 
 def test_memory_is_left_out_where_it_is_not_counted(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
-    assert peak_memory() == {}
+    assert peak_memory(CPU) == {}
+
+
+def test_a_gpu_is_named_only_by_a_run_that_uses_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: device.index * 2**30)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert describe_machine(GPU, 2) == "2x GPU 1"
+    assert describe_machine(CPU, 2) == f"6 cores of {processor()}"
+    assert peak_memory(GPU) == {"memory/gpu_peak_gib": 1.0}
+    assert list(peak_memory(CPU)) == ["memory/peak_gib"]
 
 
 def test_cores_are_those_that_the_process_may_use(monkeypatch):
