@@ -225,6 +225,8 @@ class SegmentationCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Returns the trainer, logging to a new run folder, and to the config's loggers as well."""
         config = self.config.get(str(self.subcommand), self.config)
+        if self.subcommand in ("validate", "test", "predict"):
+            self._use_exported(self.subcommand)  # before there is a run folder: it may be refused
         for name in ("accumulate_grad_batches", "val_check_interval"):
             if config.trainer[name] == 0:
                 raise InputError(f"trainer.{name} must be above 0")
@@ -291,12 +293,10 @@ class SegmentationCLI(LightningCLI):
     def before_validate(self) -> None:
         """Leaves the table at the end to `ResultTable`; Lightning would print its own as well."""
         self.config_init["validate"]["verbose"] = False
-        self._use_exported("validate")
 
     def before_test(self) -> None:
         """Leaves the table at the end to `ResultTable`; Lightning would print its own as well."""
         self.config_init["test"]["verbose"] = False
-        self._use_exported("test")
 
     def _use_exported(self, command: str) -> None:
         """Puts an exported network in the place of the module's, if one was given.
@@ -316,8 +316,7 @@ class SegmentationCLI(LightningCLI):
         self.config_init["predict"]["return_predictions"] = False
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PredictionWriter):
-                callback.checkpoint = Path(self.config_init["predict"]["ckpt_path"])
-        self._use_exported("predict")
+                callback.checkpoint = Path(self.config["predict"]["ckpt_path"])
 
 
 def _check_names(checkpoint: Any) -> None:

@@ -251,7 +251,8 @@ def test_evaluation_takes_an_onnx_file(checkpoint, dynamic, tmp_path, command):
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 @pytest.mark.parametrize("names", ["[road, sky, car]", "[sky, road, car, tree]"])
-def test_an_onnx_file_of_other_classes_is_refused(dynamic, tmp_path, command, names):
+def test_an_onnx_file_of_other_classes_is_refused(dynamic, tmp_path, command, names, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = make_folder(tmp_path / "data", size=(32, 48))
     data = ["--data", "SegmentationFolder", "--data.root", str(folder), "--data.num_workers", "0"]
     data += ["--data.class_names", names, "--trainer.accelerator", "cpu"]
@@ -259,6 +260,7 @@ def test_an_onnx_file_of_other_classes_is_refused(dynamic, tmp_path, command, na
         data += ["--data.predict_dir", str(folder / "test" / "images")]
     with fails_naming("trained for 3 classes (sky, road, car), but the data has", names[1:-1]):
         main([command, "--ckpt_path", str(dynamic), *data])
+    assert not list(tmp_path.glob("runs/*/*"))
 
 
 def test_images_that_do_not_fit_are_padded_and_cropped(fixed, dynamic):
