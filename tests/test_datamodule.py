@@ -662,13 +662,22 @@ def test_file_that_is_no_image(folder, part, content):
         make_data(folder, "fit")
 
 
+def read_all(loader):
+    """Reads all batches, and ends the loader processes: garbage collection waits 10 s for them."""
+    try:
+        return list(loader)
+    finally:
+        if loader.num_workers:
+            loader._iterator._shutdown_workers()
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_file_that_breaks_during_training_is_named(folder, num_workers):
     data = make_data(folder, "fit", batch_size=3, num_workers=num_workers)
     path = folder / "train" / "images" / "scene1.png"
     truncate(path)
     with fails_naming(path, "restore or remove"):
-        list(data.train_dataloader())
+        read_all(data.train_dataloader())
 
 
 def test_worker_names_a_wrong_mask(small_camvid):
@@ -677,7 +686,7 @@ def test_worker_names_a_wrong_mask(small_camvid):
     path = small_camvid / "val" / "labels" / "frame1.png"
     write_mask(path, 99)
     with fails_naming(path, "value 99,"):
-        list(data.val_dataloader())
+        read_all(data.val_dataloader())
 
 
 def test_helpers_write_the_same_files_every_time(tmp_path):
