@@ -558,7 +558,7 @@ def test_pretrained_takes_what_timm_loads(weights, monkeypatch):
     assert asked_for == ["resnet18"]  # not without pretrained
 
 
-@pytest.mark.skipif("ISANET_TEST_DATA" not in os.environ, reason="ISANET_TEST_DATA is not set")
+@pytest.mark.skipif(not os.environ.get("ISANET_TEST_DATA"), reason="ISANET_TEST_DATA is not set")
 @pytest.mark.parametrize(
     ("name", "file", "num_tensors"),
     [
