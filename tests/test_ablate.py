@@ -66,6 +66,7 @@ def grid(tmp_path_factory):
 
 
 SETTINGS = {"base": "isa", "context_none+offline": "none"}
+"""Those of the grid that end, with their context."""
 
 
 def result(folder, cell, version=0):
