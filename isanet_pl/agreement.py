@@ -53,12 +53,18 @@ def check_classes(saved: Sequence[str], own: Sequence[str]) -> None:
         raise InputError(
             f"the network was trained for {len(saved)} classes ({', '.join(saved)}), but the "
             f"data has {len(own)} ({', '.join(own)}); give the data set it was trained on, or "
-            "train anew"
+            "train its weights further with --model.network.weights_path instead of --ckpt_path"
         )
 
 
-def _check_arguments(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    differences = [
+def different_arguments(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each argument by which two networks compute different functions.
+
+    Args:
+        saved: Arguments of a checkpoint's network.
+        own: Those of the network that the config describes.
+    """
+    return [
         f"model.network.{key}: checkpoint {saved[key]}, config {value}"
         for key, value in own.items()
         if saved.get(key) is not None  # left to its default, which follows from the others
@@ -68,6 +74,10 @@ def _check_arguments(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         f"model.network.{key}: checkpoint {saved[key]}, but this version has no such option"
         for key in saved.keys() - own.keys()
     ]
+
+
+def _check_arguments(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    differences = different_arguments(saved, own)
     if differences:
         raise InputError(
             "the checkpoint holds another network than the config describes; change the "

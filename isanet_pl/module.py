@@ -269,8 +269,8 @@ class SegmentationModule(pl.LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns the parameters with loaded weights, and all others, as optimiser groups."""
-        backbone = self.network.backbone
-        loaded = {id(p) for name, p in backbone.net.named_parameters() if name in backbone.loaded}
+        network = self.network
+        loaded = {id(p) for name, p in network.named_parameters() if name in network.loaded}
         groups: list[dict[str, Any]] = [
             {"name": "pretrained", "params": [p for p in self.parameters() if id(p) in loaded]},
             {"name": "new", "params": [p for p in self.parameters() if id(p) not in loaded]},
@@ -352,7 +352,7 @@ class SegmentationModule(pl.LightningModule):
             if not isinstance(saved.get(name), Mapping):
                 saved.pop(name, None)
         checkpoint["hyper_parameters"] = saved | self.description()
-        checkpoint["pretrained_names"] = sorted(self.network.backbone.loaded)
+        checkpoint["pretrained_names"] = sorted(self.network.loaded)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another network; restores which weights were pretrained.
@@ -361,5 +361,5 @@ class SegmentationModule(pl.LightningModule):
             InputError: Classes or network of the checkpoint differ from this module's.
         """
         check_agreement(checkpoint, self.network.arguments, self.class_names, self.state_dict())
-        self.network.backbone.loaded = frozenset(checkpoint.get("pretrained_names", ()))
+        self.network.loaded = frozenset(checkpoint.get("pretrained_names", ()))
         self.loaded_step = int(checkpoint.get("global_step", 0))

@@ -167,7 +167,10 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn != "fit":
             return
         if "optimizer_states" not in checkpoint:
-            raise InputError(f"{trainer.ckpt_path} holds weights alone: fit cannot go on from it")
+            raise InputError(
+                f"{trainer.ckpt_path} holds weights alone, no run to go on with: train them "
+                "further with --model.network.weights_path instead of --ckpt_path"
+            )
         saved = _optimizer(checkpoint["hyper_parameters"])
         own = _optimizer(pl_module.hparams)
         if saved != own:

@@ -195,6 +195,29 @@ def test_checkpoint_of_other_classes_is_refused(trained, tmp_path, folder):
         run("validate", trained / "config.yaml", tmp_path, *checkpoint, *arguments)
 
 
+def test_a_trained_network_is_trained_further_on_other_classes(trained, tmp_path, folder):
+    checkpoint = trained / "checkpoints" / "best.ckpt"
+    arguments = ("--data", "SegmentationFolder", "--data.root", folder, "--data.batch_size", 1)
+    arguments += ("--data.class_names", "[sky, road, car]", "--trainer.max_steps", 1)
+    weights = ("--model.network.weights_path", checkpoint)
+    cli = run("fit", trained / "config.yaml", tmp_path, *weights, *arguments)
+    assert cli.model.network.state_dict().keys() - cli.model.network.loaded == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+    # What it starts from is no part of what it has become.
+    last = Path(cli.trainer.log_dir) / "checkpoints" / "last.ckpt"
+    assert ISANet.from_checkpoint(last).arguments["weights_path"] is None
+
+
+def test_weights_alone_are_no_run_to_go_on_with(trained, tmp_path):
+    content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    del content["optimizer_states"]
+    torch.save(content, tmp_path / "weights.ckpt")
+    with pytest.raises(InputError, match=r"weights alone.*--model\.network\.weights_path"):
+        run("fit", trained / "config.yaml", tmp_path, "--ckpt_path", tmp_path / "weights.ckpt")
+
+
 def test_pretrained_weights_are_not_needed_once_there_is_a_checkpoint(trained, tmp_path):
     arguments = ("--model.network.weights_path", tmp_path / "gone.pth")
     checkpoint = ("--ckpt_path", trained / "checkpoints" / "best.ckpt")

@@ -386,7 +386,6 @@ def test_target_needs_nothing_else(converted, mmseg_path):
     saved = content["hyper_parameters"]
     assert saved["inference"] == {**saved["inference"], "mode": "whole", "base_size": (96, 64)}
     assert saved["class_names"] == list(CLASSES)
-    assert len(content["pretrained_names"]) == 330
     assert {name.split(".")[0] for name in content["state_dict"]} == {"network"}
     trained = read_checkpoint(converted)
     assert trained.network.inference == read_mmseg(mmseg_path).network.inference

@@ -15,6 +15,7 @@ from torch import nn
 
 from isanet_pl.models import Backbone, ISANet
 from isanet_pl.models.layers import SameConv
+from isanet_pl.models.weights import load_weights
 
 SMALL = {
     "num_classes": 5,
@@ -334,7 +335,7 @@ def test_backbone_equals_timm(resnet18):
     torch.manual_seed(1)
     theirs = timm.create_model("resnet18", output_stride=8).eval()
     ours = copy.deepcopy(resnet18).eval()
-    ours.load(theirs.state_dict(), "timm")
+    load_weights(ours.net, theirs.state_dict(), "the backbone", "timm")
     x = torch.randn(1, 3, 50, 70)
     with torch.no_grad():
         torch.testing.assert_close(ours(x)[1], theirs.forward_features(x))
@@ -348,7 +349,7 @@ def test_backbone_trains_as_timm(resnet18, mixed):
         if name.endswith("bn2.weight"):
             nn.init.ones_(weight)  # timm starts with zero, and then most gradients are zero
     ours = copy.deepcopy(resnet18).eval()
-    ours.load(theirs.state_dict(), "timm")
+    load_weights(ours.net, theirs.state_dict(), "the backbone", "timm")
     assert sum(isinstance(m, SameConv) for m in ours.modules()) == 17
     x = torch.randn(2, 3, 40, 48)
     for run in (lambda: ours(x)[1], lambda: theirs.forward_features(x)):
@@ -392,8 +393,8 @@ def resnet18():
 
 
 @pytest.fixture
-def backbone(resnet18):
-    return copy.deepcopy(resnet18)
+def network(direct):
+    return copy.deepcopy(direct)
 
 
 @pytest.fixture(scope="module")
@@ -408,22 +409,23 @@ def part_of(weights, *stages):
     return {k: v for k, v in weights.items() if k.split(".")[0] in stages}
 
 
-def assert_loaded(backbone, weights, fresh):
-    """What is in `weights` is in the backbone, and the rest of it is as in `fresh`."""
-    assert backbone.loaded == set(weights)
-    start = fresh.net.state_dict()
-    for name, value in backbone.net.state_dict().items():
+def assert_loaded(net, weights, fresh):
+    """What is in `weights` is in the backbone, and the rest of the network is as in `fresh`."""
+    weights = {f"backbone.net.{name}": value for name, value in weights.items()}
+    assert net.loaded == set(weights)
+    start = fresh.state_dict()
+    for name, value in net.state_dict().items():
         assert value.dtype == start[name].dtype
         assert value.equal(weights.get(name, start[name]).to(value.dtype)), name
 
 
-def test_part_of_a_file_loads_and_the_log_says_so(backbone, resnet18, weights, tmp_path, caplog):
+def test_part_of_a_file_loads_and_the_log_says_so(network, direct, weights, tmp_path, caplog):
     part = part_of(weights, "conv1", "bn1", "layer1")
     path = tmp_path / "part.pth"
     torch.save({**part, "fc.weight": torch.zeros(2, 2)}, path)
     with caplog.at_level(logging.INFO, logger="isanet_pl"):
-        backbone.load_file(path)
-    assert_loaded(backbone, part, resnet18)
+        network.load_file(path)
+    assert_loaded(network, part, direct)
     assert len(part) == 30
     (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("isanet_pl")]
     assert f"resnet18: loaded 30 tensors from {path}" in message
@@ -431,77 +433,77 @@ def test_part_of_a_file_loads_and_the_log_says_so(backbone, resnet18, weights, t
     assert "initialised anew: layer2 (25), layer3 (25), layer4 (25); not used: fc (1)" in message
 
 
-def test_complete_file_leaves_nothing_out(backbone, resnet18, weights, tmp_path, caplog):
+def test_complete_file_leaves_nothing_out(network, direct, weights, tmp_path, caplog):
     torch.save(weights, tmp_path / "all.pth")
     with caplog.at_level(logging.INFO, logger="isanet_pl"):
-        backbone.load_file(str(tmp_path / "all.pth"))
-    assert_loaded(backbone, weights, resnet18)
+        network.load_file(str(tmp_path / "all.pth"))
+    assert_loaded(network, weights, direct)
     assert "initialised anew: nothing; not used: nothing" in caplog.text
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model"])
-def test_wrapped_weights_load(backbone, resnet18, weights, tmp_path, wrapper):
+def test_wrapped_weights_load(network, direct, weights, tmp_path, wrapper):
     part = part_of(weights, "layer2")
     torch.save({wrapper: part, "epoch": 3}, tmp_path / "wrapped.pth")
-    backbone.load_file(tmp_path / "wrapped.pth")
-    assert_loaded(backbone, part, resnet18)
+    network.load_file(tmp_path / "wrapped.pth")
+    assert_loaded(network, part, direct)
 
 
-def test_half_precision_weights_load(backbone, resnet18, weights, tmp_path):
+def test_half_precision_weights_load(network, direct, weights, tmp_path):
     half = {k: v.half() for k, v in part_of(weights, "layer3").items()}
     torch.save(half, tmp_path / "half.pth")
-    backbone.load_file(tmp_path / "half.pth")
-    assert_loaded(backbone, half, resnet18)
+    network.load_file(tmp_path / "half.pth")
+    assert_loaded(network, half, direct)
 
 
-def test_file_that_matches_nothing_is_refused(backbone, tmp_path):
+def test_file_that_matches_nothing_is_refused(network, tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"encoder.weight": torch.zeros(2)}, path)
     with pytest.raises(
         ValueError, match=rf"{path} holds no weight of .*resnet18.*encoder\.weight.*conv1\.weight"
     ):
-        backbone.load_file(path)
-    assert not backbone.loaded
+        network.load_file(path)
+    assert not network.loaded
 
 
-def test_wrong_shape_is_refused_before_anything_is_copied(backbone, resnet18, weights, tmp_path):
+def test_wrong_shape_is_refused_before_anything_is_copied(network, direct, weights, tmp_path):
     path = tmp_path / "wide.pth"
     torch.save({**weights, "layer4.1.conv2.weight": torch.zeros(512, 512, 1, 1)}, path)
     message = rf"{path}: layer4\.1\.conv2\.weight is \(512, 512, 1, 1\), but \(512, 512, 3, 3\)"
     with pytest.raises(ValueError, match=message):
-        backbone.load_file(path)
-    assert_loaded(backbone, {}, resnet18)
+        network.load_file(path)
+    assert_loaded(network, {}, direct)
 
 
-def test_missing_file_is_named(backbone, tmp_path):
+def test_missing_file_is_named(network, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
-        backbone.load_file(tmp_path / "nowhere.pth")
+        network.load_file(tmp_path / "nowhere.pth")
     with pytest.raises(FileNotFoundError):
-        backbone.load_file(tmp_path)  # a folder
+        network.load_file(tmp_path)  # a folder
 
 
-def test_truncated_file_is_refused(backbone, weights, tmp_path):
+def test_truncated_file_is_refused(network, weights, tmp_path):
     path = tmp_path / "whole.pth"
     torch.save(part_of(weights, "layer1"), path)
     cut = tmp_path / "cut.pth"
     cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"cut\.pth is not a PyTorch weights file"):
-        backbone.load_file(cut)
+        network.load_file(cut)
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights at all", b"\x89PNG\r\n\x1a\n" + bytes(50)])
-def test_other_file_is_refused(backbone, tmp_path, content):
+def test_other_file_is_refused(network, tmp_path, content):
     path = tmp_path / "other.pth"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"other\.pth is not a PyTorch weights file"):
-        backbone.load_file(path)
+        network.load_file(path)
 
 
-def test_file_without_names_is_refused(backbone, tmp_path):
+def test_file_without_names_is_refused(network, tmp_path):
     path = tmp_path / "tensor.pth"
     torch.save(torch.zeros(3), path)
     with pytest.raises(ValueError, match=r"tensor\.pth holds a Tensor, not a state dict"):
-        backbone.load_file(path)
+        network.load_file(path)
 
 
 class Trap:
@@ -514,11 +516,11 @@ class Trap:
         return os.mkdir, (str(self.path),)
 
 
-def test_code_in_a_file_is_not_executed(backbone, tmp_path):
+def test_code_in_a_file_is_not_executed(network, tmp_path):
     path, sprung = tmp_path / "trap.pth", tmp_path / "sprung"
     torch.save({"conv1.weight": Trap(sprung)}, path)
     with pytest.raises(ValueError, match=r"trap\.pth is not a PyTorch weights file"):
-        backbone.load_file(path)
+        network.load_file(path)
     assert not sprung.exists()
     torch.load(path, weights_only=False)
     assert sprung.exists()  # the trap does work
@@ -528,7 +530,7 @@ def test_network_loads_weights_into_its_backbone(weights, tmp_path):
     part = part_of(weights, "conv1", "bn1", "layer1")
     torch.save(part, tmp_path / "part.pth")
     net = small_net(weights_path=str(tmp_path / "part.pth"), last_stage=1)
-    assert net.backbone.loaded == set(part)
+    assert net.loaded == {f"backbone.net.{name}" for name in part}
     assert net.backbone.net["conv1"].weight.equal(part["conv1.weight"])
 
 
@@ -551,10 +553,10 @@ def test_pretrained_takes_what_timm_loads(weights, monkeypatch):
     monkeypatch.setattr(timm, "create_model", without_download)
     net = small_net(pretrained=True)
     assert asked_for == ["resnet18"]
-    assert net.backbone.loaded == set(weights)
+    assert net.loaded == {f"backbone.net.{name}" for name in weights}
     for name, value in net.backbone.net.state_dict().items():
         assert value.equal(weights[name]), name
-    assert small_net().backbone.loaded == set()
+    assert small_net().loaded == set()
     assert asked_for == ["resnet18"]  # not without pretrained
 
 
@@ -567,9 +569,80 @@ def test_pretrained_takes_what_timm_loads(weights, monkeypatch):
     ],
 )
 def test_real_weights_load(name, file, num_tensors):
-    backbone = Backbone(name)
-    backbone.load_file(Path(os.environ["ISANET_TEST_DATA"], "weights", file))
-    assert len(backbone.loaded) == num_tensors
-    assert {k.split(".")[0] for k in backbone.loaded} >= {"conv1", "bn1", "layer1", "layer3"}
-    assert all(v.isfinite().all() for v in backbone.state_dict().values())
-    assert backbone.net["conv1"].weight.dtype == torch.float32
+    net = small_net(backbone=name)
+    net.load_file(Path(os.environ["ISANET_TEST_DATA"], "weights", file))
+    assert len(net.loaded) == num_tensors
+    assert {k.split(".")[2] for k in net.loaded} >= {"conv1", "bn1", "layer1", "layer3"}
+    assert all(v.isfinite().all() for v in net.backbone.state_dict().values())
+    assert net.backbone.net["conv1"].weight.dtype == torch.float32
+
+
+# A whole network.
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The checkpoint of a network of 5 classes; no value in it is an initial one."""
+    torch.manual_seed(2)
+    trained = small_net(form="reduced")
+    with torch.no_grad():
+        for tensor in trained.state_dict().values():
+            tensor.add_(torch.rand(tensor.shape).to(tensor.dtype) + 1)
+    path = tmp_path_factory.mktemp("trained") / "trained.ckpt"
+    content = {
+        "state_dict": {f"network.{k}": v for k, v in trained.state_dict().items()},
+        "hyper_parameters": {"network": trained.arguments},
+    }
+    torch.save(content, path)
+    return path
+
+
+def test_a_checkpoint_fills_the_whole_network(checkpoint, caplog):
+    trained = ISANet.from_checkpoint(checkpoint)
+    with caplog.at_level(logging.INFO, logger="isanet_pl"):
+        net = small_net(form="reduced", weights_path=str(checkpoint))
+    assert net.loaded == set(net.state_dict())
+    for name, value in net.state_dict().items():
+        assert value.equal(trained.state_dict()[name]), name
+    assert "initialised anew: nothing; not used: nothing" in caplog.text
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_only_the_classifiers_of_other_classes_start_anew(checkpoint, caplog):
+    trained = ISANet.from_checkpoint(checkpoint).state_dict()
+    torch.manual_seed(3)
+    fresh = small_net(form="reduced", num_classes=3)
+    torch.manual_seed(3)
+    with caplog.at_level(logging.INFO, logger="isanet_pl"):
+        net = small_net(form="reduced", num_classes=3, weights_path=str(checkpoint))
+    anew = {"classifier.weight", "classifier.bias", "aux_head.4.weight", "aux_head.4.bias"}
+    assert net.state_dict().keys() - net.loaded == anew
+    for name, value in net.state_dict().items():
+        assert value.equal((fresh.state_dict() if name in anew else trained)[name]), name
+    assert "initialised anew: classifier (2), aux_head (2); not used: nothing" in caplog.text
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_an_auxiliary_head_may_be_left_out_or_added(checkpoint, tmp_path):
+    net = small_net(form="reduced", aux_head=False, weights_path=str(checkpoint))
+    assert net.loaded == set(net.state_dict())
+    content = torch.load(checkpoint, weights_only=True)
+    state = content["state_dict"]
+    content["state_dict"] = {k: v for k, v in state.items() if "aux_head" not in k}
+    torch.save(content, tmp_path / "without.ckpt")
+    net = small_net(form="reduced", weights_path=str(tmp_path / "without.ckpt"))
+    assert {k for k in net.state_dict() if k not in net.loaded} == {
+        k for k in net.state_dict() if k.startswith("aux_head.")
+    }
+
+
+def test_weights_of_another_function_are_taken_with_a_warning(checkpoint, caplog):
+    net = small_net(form="reduced", down_factors=((4, 4),), weights_path=str(checkpoint))
+    assert net.loaded == set(net.state_dict())
+    assert "down_factors: checkpoint ((8, 8),), config ((4, 4),)" in caplog.text
+
+
+def test_a_network_that_does_not_fit_is_refused_with_what_differs(checkpoint):
+    message = r"trained\.ckpt: .* model\.network\.out_channels: checkpoint 16, config 8"
+    with pytest.raises(ValueError, match=message):
+        small_net(form="reduced", out_channels=8, weights_path=str(checkpoint))

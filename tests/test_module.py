@@ -47,9 +47,10 @@ def make_trainer(tmp_path, **options):
 
 def test_new_layers_get_their_own_learning_rate(tmp_path):
     module = make_module(new_layers_lr_factor=10)
-    backbone = module.network.backbone
-    state = {k: v for k, v in backbone.net.state_dict().items() if not k.startswith("layer1.1")}
-    backbone.load(state, "a partial file")
+    state = module.network.backbone.net.state_dict()
+    part = {k: v for k, v in state.items() if not k.startswith("layer1.1")}
+    torch.save(part, tmp_path / "part.pth")
+    module.network.load_file(tmp_path / "part.pth")
     module.trainer = make_trainer(tmp_path, max_steps=10)
     module.trainer.fit_loop.setup_data = lambda: None
     groups = {group["name"]: group for group in module.parameter_groups()}
@@ -71,8 +72,8 @@ def test_learning_rates_follow_the_schedule_each_optimiser_step(tmp_path):
             seen.append({g["name"]: g["lr"] for g in optimizer.param_groups})
 
     module = make_module(new_layers_lr_factor=10, end_lr_factor=0.0)
-    backbone = module.network.backbone
-    backbone.load(backbone.net.state_dict(), "all of it")
+    torch.save(module.network.backbone.net.state_dict(), tmp_path / "all.pth")
+    module.network.load_file(tmp_path / "all.pth")
     trainer = make_trainer(tmp_path, callbacks=[Watch()], accumulate_grad_batches=2)
     trainer.fit(module, make_loader())
     expected = [0.01 * (1 - step / 4) ** 0.9 for step in range(4)]
@@ -207,8 +208,8 @@ def test_checkpoint_written_from_python_is_plain_data(tmp_path):
 
 def test_pretrained_names_survive_the_checkpoint(tmp_path):
     module = make_module()
-    backbone = module.network.backbone
-    backbone.load(backbone.net.state_dict(), "a file")
+    torch.save(module.network.backbone.net.state_dict(), tmp_path / "all.pth")
+    module.network.load_file(tmp_path / "all.pth")
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(module, make_loader())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
@@ -216,7 +217,7 @@ def test_pretrained_names_survive_the_checkpoint(tmp_path):
     make_trainer(tmp_path, max_steps=2).fit(
         fresh, make_loader(), ckpt_path=tmp_path / "x.ckpt", weights_only=True
     )
-    assert fresh.network.backbone.loaded == backbone.loaded
+    assert fresh.network.loaded == module.network.loaded
     assert [group["name"] for group in fresh.parameter_groups()] == ["pretrained", "new"]
 
 

@@ -101,14 +101,12 @@ def _known() -> str:
 
 def write_checkpoint(trained: Trained, path: Path) -> None:
     """Writes a checkpoint as `isanet-pl fit` does, without the state of an optimiser."""
-    network = trained.network
-    network.backbone.loaded = frozenset(network.backbone.net.state_dict())
     module = SegmentationModule(
-        network,
+        trained.network,
         SegmentationLoss(),
         list(trained.classes.names),
         list(trained.classes.palette),
-        inference=network.inference,
+        inference=trained.network.inference,
     )
     checkpoint: dict[str, Any] = {
         "epoch": 0,

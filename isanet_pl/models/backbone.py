@@ -1,16 +1,13 @@
-"""Dilated ResNets from timm, and the loading of their weights."""
+"""Dilated ResNets from timm."""
 
 import importlib
-import logging
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from isanet_pl.models.layers import SameConv, is_same_conv
+from isanet_pl.models.weights import load_weights
 
 
 def _import_timm() -> Any:
@@ -31,7 +28,6 @@ def _import_timm() -> Any:
 
 
 timm = _import_timm()
-log = logging.getLogger(__name__)
 
 
 class Backbone(nn.Module):
@@ -48,7 +44,6 @@ class Backbone(nn.Module):
 
     Attributes:
         channels: Channels of the two returned maps: the stage before the last, the last.
-        loaded: Names of the parameters and buffers that `load` filled.
 
     Raises:
         ValueError: timm has no such model, or it is not a ResNet.
@@ -89,7 +84,6 @@ class Backbone(nn.Module):
         self.net: nn.Module = net
         before, last = net.feature_info.channels()
         self.channels: tuple[int, int] = (before, last)
-        self.loaded: frozenset[str] = frozenset()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the maps of the stage before the last and of the last.
@@ -100,78 +94,11 @@ class Backbone(nn.Module):
         before, last = self.net(x)
         return before, last
 
-    def load(self, state: Mapping[str, Tensor], source: str) -> None:
-        """Copies what a state dict has for this network and logs what it does not have.
+    def load_pretrained(self) -> frozenset[str]:
+        """Loads timm's default weights for this model; downloads them unless they are cached.
 
-        Args:
-            state: Tensors by name, in torchvision's or timm's names; any float dtype.
-            source: Where they come from, for messages.
-
-        Raises:
-            ValueError: Nothing in `state` has a name of this network, or a shape differs.
+        Returns:
+            The names in `net` of what was loaded.
         """
-        own = self.net.state_dict()
-        shared = {k: v for k, v in state.items() if k in own}
-        if not shared:
-            raise ValueError(
-                f"{source} holds no weight of backbone {self.name}: it has {_some(state)}, "
-                f"the backbone has {_some(own)}"
-            )
-        for key, value in shared.items():
-            if value.shape != own[key].shape:
-                raise ValueError(
-                    f"{source}: {key} is {tuple(value.shape)}, but {tuple(own[key].shape)} in "
-                    f"backbone {self.name}; choose the backbone that the file is for"
-                )
-        self.net.load_state_dict(shared, strict=False)
-        self.loaded = frozenset(shared)
-        missing = [k for k in own if k not in shared and not k.endswith("num_batches_tracked")]
-        log.info(
-            "backbone %s: loaded %d tensors from %s; initialised anew: %s; not used: %s",
-            self.name,
-            len(shared),
-            source,
-            _by_stage(missing),
-            _by_stage([k for k in state if k not in own]),
-        )
-
-    def load_file(self, path: str | Path) -> None:
-        """Loads a local weights file, whole or in part; see `load`.
-
-        Args:
-            path: A file that `torch.load(weights_only=True)` reads: a state dict, bare or under
-                the key `state_dict` or `model`.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: The file is no weights file, or does not fit; see `load`.
-        """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"backbone weights not found: {path}")
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"{path} is not a PyTorch weights file, or is truncated: {error}"
-            ) from error
-        for wrapper in ("state_dict", "model"):
-            if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-                content = content[wrapper]
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
-        self.load({k: v for k, v in content.items() if isinstance(v, Tensor)}, str(path))
-
-    def load_pretrained(self) -> None:
-        """Loads timm's default weights for this model; downloads them unless they are cached."""
         state = timm.create_model(self.name, pretrained=True).state_dict()
-        self.load(state, f"timm's {self.name}")
-
-
-def _some(names: Mapping[str, Tensor]) -> str:
-    return ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "") or "nothing"
-
-
-def _by_stage(names: list[str]) -> str:
-    """Returns counts such as "layer4 (29), fc (2)"."""
-    stages = [name.split(".")[0] for name in names]
-    return ", ".join(f"{s} ({stages.count(s)})" for s in dict.fromkeys(stages)) or "nothing"
+        return load_weights(self.net, state, f"backbone {self.name}", f"timm's {self.name}")

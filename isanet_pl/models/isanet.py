@@ -1,6 +1,7 @@
 """The network: backbone, ISA head, classifier, in the two published forms."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from isanet_pl.agreement import different_arguments
 from isanet_pl.inference import Inference
 from isanet_pl.models.attention import AttentionOrder, ISAModule
 from isanet_pl.models.backbone import Backbone
@@ -20,7 +22,10 @@ from isanet_pl.models.context import (
     RecurrentCrissCross,
 )
 from isanet_pl.models.layers import activation, conv_bn_relu
+from isanet_pl.models.weights import load_weights, read_weights, tensors_of
 from isanet_pl.pixels import rgb_pixels
+
+log = logging.getLogger(__name__)
 
 Form = Literal["direct", "reduced"]
 Context = Literal["isa", "none", "dense", "dense_sdpa", "ppm", "aspp", "rcca"]
@@ -55,7 +60,9 @@ class ISANet(nn.Module):
         output_stride: Input pixels per feature position.
         last_stage: The last residual stage of the backbone to build; 4 is the whole ResNet.
         pretrained: Load timm's ImageNet weights (downloads them).
-        weights_path: Load backbone weights from this local file, whole or in part.
+        weights_path: Start from the weights in this local file: those of a backbone, whole or in
+            part, or a checkpoint of this project, then of the whole network; classifiers of
+            another number of classes start anew. See `load_file`.
         form: The form of the network, see above.
         context: `isa`, or what it is compared with (models/context.py): `none`, an FCN; `dense`
             self-attention, its affinity stored, or `dense_sdpa`; `ppm` (PSPNet), `aspp`
@@ -84,6 +91,7 @@ class ISANet(nn.Module):
 
     Attributes:
         arguments: What the network was built with, no default left open; a checkpoint keeps it.
+        loaded: Names of the parameters and buffers that it took from a file.
         inference: How `predict` sees an image; whole, unless the checkpoint says otherwise.
 
     Raises:
@@ -157,6 +165,7 @@ class ISANet(nn.Module):
             "context_first": context_first,
         }
         self.arguments = arguments
+        self.loaded: frozenset[str] = frozenset()
         self.inference = Inference()
         self.form = form
         self.align_corners = align_corners
@@ -222,9 +231,47 @@ class ISANet(nn.Module):
         if pretrained and weights_path is not None:
             raise ValueError("give either pretrained: true or weights_path, not both")
         if weights_path is not None:
-            self.backbone.load_file(weights_path)
+            self.load_file(weights_path)
         if pretrained:
-            self.backbone.load_pretrained()
+            self.loaded = _of_backbone(self.backbone.load_pretrained())
+
+    def load_file(self, path: str | Path) -> None:
+        """Takes what a weights file has for the network, and logs what it lacks.
+
+        Args:
+            path: Either a state dict of the backbone, bare or under the key `state_dict` or
+                `model`, in torchvision's or timm's names, of any float dtype; or a checkpoint of
+                `isanet-pl fit` or scripts/convert_checkpoint.py. Of its network, classifiers of
+                another number of classes are left out.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is no weights file, has nothing for the network, or has other
+                shapes.
+        """
+        content = read_weights(path)
+        saved = content.get("hyper_parameters", {}).get("network")
+        if saved is None:
+            name = f"backbone {self.backbone.name}"
+            loaded = load_weights(self.backbone.net, tensors_of(content), name, str(path))
+            self.loaded = _of_backbone(loaded)
+            return
+        state = _of_network(tensors_of(content))
+        if saved["num_classes"] != self.arguments["num_classes"]:
+            state = {k: v for k, v in state.items() if not k.startswith(self._classifiers())}
+        heads = {name: self.arguments[name] for name in ("num_classes", "aux_head", "aux_channels")}
+        others = "; ".join(different_arguments({**saved, **heads}, self.arguments))
+        try:
+            self.loaded = load_weights(self, state, "the network", str(path))
+        except ValueError as error:
+            raise ValueError(f"{error}; {others or 'the file is damaged'}") from error
+        if others:
+            log.warning("%s was trained in another network: %s", path, others)
+
+    def _classifiers(self) -> tuple[str, ...]:
+        """Returns the beginnings of the names whose tensors have the size of the classes."""
+        aux = () if self.aux_head is None else (f"aux_head.{len(self.aux_head) - 1}.",)
+        return ("classifier.", *aux)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Returns logits at the input's size, in torchvision's convention.
@@ -298,13 +345,20 @@ class ISANet(nn.Module):
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             network_args: dict[str, Any] = checkpoint["hyper_parameters"]["network"]
             inference = Inference(**checkpoint["hyper_parameters"].get("inference", {}))
-            weights: dict[str, Tensor] = checkpoint["state_dict"]
             network = cls(**network_args)
-            prefix = "network."
-            network.load_state_dict(
-                {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-            )
+            network.load_state_dict(_of_network(checkpoint["state_dict"]))
         except Exception as error:
             raise ValueError(f"{path} is not a checkpoint of isanet-pl: {error!r}") from error
         network.inference = inference
         return network.eval()
+
+
+def _of_backbone(names: Iterable[str]) -> frozenset[str]:
+    """Returns the names in the network of what has these names in timm's model."""
+    return frozenset(f"backbone.net.{name}" for name in names)
+
+
+def _of_network(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the network's part of the state dict of a LightningModule."""
+    prefix = "network."
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
