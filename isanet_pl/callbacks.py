@@ -16,10 +16,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from isanet_pl.checkpoint_io import PART
 from isanet_pl.errors import InputError
 from isanet_pl.hardware import describe_machine, peak_memory
 from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
+
+RESULTS = "results.json"
+"""What a run that has ended leaves in its folder."""
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
@@ -179,6 +183,13 @@ class ResultTable(pl.Callback):
             self.start -= self.earlier if own else 0
 
     @rank_zero_only
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Removes the result of a run that had ended and now goes on."""
+        folder = run_folder(trainer)
+        if folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            (folder / RESULTS).unlink(missing_ok=True)
+
+    @rank_zero_only
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Notes the code that runs; it may be changed before the run ends."""
         self.code = code_version()
@@ -255,9 +266,11 @@ class ResultTable(pl.Callback):
             "image_size": self.image_size,
             "scores": {k: None if math.isnan(v) else round(v, 6) for k, v in scores.items()},
         }
-        path = folder / "results.json"
-        path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-        print(f"written to {path.parent}")
+        # Whole or not at all: this file says that the run has ended.
+        part = folder / (RESULTS + PART)
+        part.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        part.replace(folder / RESULTS)
+        print(f"written to {folder}")
 
     def _gmacs(self, pl_module: pl.LightningModule) -> float | None:
         # An ONNX file cannot be asked; the size is unknown to a run of an older version that had

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -78,7 +78,8 @@ class SegmentationCLI(LightningCLI):
             type=str,
             default="runs",
             help="Where runs are written. A --trainer.logger of your own logs besides; where that "
-            "is false, there are neither logs nor a run folder.",
+            "is false, there are neither logs nor a run folder, and checkpoints go to checkpoints/ "
+            "in --trainer.default_root_dir.",
         )
         parser.add_argument(
             "--wandb",
@@ -201,6 +202,10 @@ class SegmentationCLI(LightningCLI):
         """
         if self.subcommand != "fit":
             raise InputError(f"--resume is for fit, not for {self.subcommand}")
+        if config.trainer.logger is False:
+            raise InputError(
+                "--resume needs the run folder, which --trainer.logger false leaves out"
+            )
         if config.ckpt_path is not None:
             raise InputError(
                 "--resume continues a run in its folder, --ckpt_path starts a new one from a "
@@ -227,10 +232,13 @@ class SegmentationCLI(LightningCLI):
         config = self.config.get(str(self.subcommand), self.config)
         if self.subcommand in ("validate", "test", "predict"):
             self._use_exported(self.subcommand)  # before there is a run folder: it may be refused
-        for name in ("accumulate_grad_batches", "val_check_interval"):
+        for name in ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch"):
             if config.trainer[name] == 0:
-                raise InputError(f"trainer.{name} must be above 0")
-        _check_names(config.checkpoint)
+                raise InputError(
+                    f"trainer.{name} must be above 0; --trainer.limit_val_batches 0 leaves "
+                    "validation out"
+                )
+        _check_checkpoint_options(config)
         if config.trainer.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
             raise InputError(
                 f"--trainer.accelerator {config.trainer.accelerator}: PyTorch {torch.__version__} "
@@ -245,6 +253,10 @@ class SegmentationCLI(LightningCLI):
             kwargs["logger"] = [*self._loggers(config), *more]
         trainer = super().instantiate_trainer(**kwargs)
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end is None:
+                # Before last.ckpt is written: a run that goes on from there has no scores yet.
+                callback._check_on_train_epoch_end = False
         if config.ema_decay is not None and self.subcommand == "fit":
             # First: others then find the average of this step, not of the one before.
             trainer.callbacks.insert(0, ExponentialAverage(config.ema_decay))  # type: ignore[attr-defined]
@@ -319,14 +331,35 @@ class SegmentationCLI(LightningCLI):
                 callback.checkpoint = Path(self.config["predict"]["ckpt_path"])
 
 
-def _check_names(checkpoint: Any) -> None:
-    """Returns nothing if the best checkpoints that are to be kept have a name each.
+def _check_checkpoint_options(config: Any) -> None:
+    """Returns nothing if the best checkpoint will be the best, and each has a name of its own.
 
     Raises:
-        InputError: They have one, and the latest would take the place of the best.
+        InputError: It would be the worst, or others would take its place.
     """
+    checkpoint = config.checkpoint
+    if config.trainer.enable_checkpointing is False:
+        raise InputError(
+            "--trainer.enable_checkpointing false: a run always keeps last.ckpt, to be resumed "
+            "from; --checkpoint.save_top_k 0 leaves out the best ones"
+        )
+    if str(checkpoint.monitor).endswith("loss") and checkpoint.mode == "max":
+        raise InputError(
+            f"--checkpoint.monitor {checkpoint.monitor} would keep the highest loss: add "
+            "--checkpoint.mode min"
+        )
+    if checkpoint.save_weights_only and config.ema_decay is not None:
+        raise InputError(
+            "--checkpoint.save_weights_only true leaves out the average of --ema_decay, which was "
+            "measured: give one of them"
+        )
     kept, name = checkpoint.save_top_k, checkpoint.filename
     numbered = checkpoint.enable_version_counter or name is None or "{" in name
+    if checkpoint.save_on_exception and not numbered:
+        raise InputError(
+            f"--checkpoint.save_on_exception true would write over {name}.ckpt, the best one; "
+            "last.ckpt is kept anyway"
+        )
     if kept not in (0, 1) and not numbered:
         raise InputError(
             f"--checkpoint.save_top_k {kept} needs a name for each checkpoint, not {name} for all: "

@@ -73,14 +73,14 @@ class SegmentationMetrics(MulticlassJaccardIndex):
         the classes that occur in the labels. Everything is NaN when all pixels were ignored.
         """
         self.confusion = self.confmat.clone()
-        confusion = self.confusion.double()
+        confusion = self.confusion.cpu().double()  # Apple GPUs have no float64
         hits = confusion.diag()
         labels, predictions = confusion.sum(dim=1), confusion.sum(dim=0)
         iou = hits / (labels + predictions - hits)  # 0 / 0 is NaN: absent
         seen = labels.sum() > 0
         nan = torch.full_like(labels.sum(), torch.nan)
         scores = {
-            "miou": torch.where(seen, super().compute().double(), nan),
+            "miou": torch.where(seen, super().compute().cpu().double(), nan),
             "macc": (hits / labels).nanmean(),
             "aacc": hits.sum() / labels.sum(),
         }

@@ -3,18 +3,20 @@
 import csv
 import io
 import logging
+import os
 import random
 import re
 import signal
 import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -119,8 +121,8 @@ def restore_random_state(state: dict[str, Any]) -> None:
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`, from which a run goes on as if it had never stopped.
 
-    It is written every few steps, after each validation, at the end, and when SIGTERM asks the
-    process to end.
+    It is written every few steps, after each validation, at the end, and when SIGTERM, or the
+    signal with which SLURM announces it, asks the process to end.
 
     Args:
         every_n_steps: Optimiser steps between two writes: no more can be lost.
@@ -140,8 +142,11 @@ class LastCheckpoint(Checkpoint):
         self.stepped = False  # whether that batch ended one, so that no gradients are pending
         self.saved_step = -1
         self.asked_to_stop = False  # this process
+        self.asked_to_requeue = False  # this process
         self.stopping = False  # all processes
+        self.requeueing = False  # all processes
         self._random: dict[str, Any] | None = None
+        self._requeue: Callable[[], Any]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the random numbers that go on after this checkpoint."""
@@ -209,6 +214,22 @@ class LastCheckpoint(Checkpoint):
             # In the place of Lightning's, which talks to the other processes at once, whatever they
             # are doing, and ends without saving. Lightning puts back what was there before its own.
             signal.signal(signal.SIGTERM, self._ask_to_stop)
+            self._listen_to_slurm(trainer)
+
+    def _listen_to_slurm(self, trainer: pl.Trainer) -> None:
+        """Takes the place of Lightning's handler of the signal that comes before the time is over.
+
+        By itself it saves in the middle of whatever is being done: a validation would go on with
+        its other half alone.
+        """
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            number = environment.requeue_signal
+            assert number is not None
+            usual = signal.getsignal(number)
+            assert callable(usual)
+            self._requeue = lambda: usual(number, None)
+            signal.signal(number, self._ask_to_requeue)
 
     @staticmethod
     @rank_zero_only
@@ -220,6 +241,9 @@ class LastCheckpoint(Checkpoint):
 
     def _ask_to_stop(self, signal_number: int, frame: Any) -> None:
         self.asked_to_stop = True
+
+    def _ask_to_requeue(self, signal_number: int, frame: Any) -> None:
+        self.asked_to_stop = self.asked_to_requeue = True
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -233,9 +257,13 @@ class LastCheckpoint(Checkpoint):
             return
         if trainer.is_global_zero:
             log.warning(
-                "SIGTERM: stopped after step %d, saved in %s; --resume true goes on from there",
+                "%s: stopped after step %d, saved in %s; %s",
+                "SLURM's signal" if self.requeueing else "SIGTERM",
                 trainer.global_step,
                 self._folder(trainer),
+                "the job is queued again"
+                if self.requeueing
+                else "--resume true goes on from there",
             )
         raise SIGTERMException(TERMINATED)
 
@@ -250,10 +278,14 @@ class LastCheckpoint(Checkpoint):
         """Saves, if it is time to and the step has no validation to come."""
         self.stepped, self.step = trainer.global_step != self.step, trainer.global_step
         self.stopping = trainer.strategy.reduce_boolean_decision(self.asked_to_stop, all=False)
+        if self.stopping:
+            asked = self.asked_to_requeue
+            self.requeueing = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        loop = trainer.fit_loop
         last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
         ends = self.step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
+        ends = ends or (trainer.should_stop and loop._can_stop_early)  # its time is over
         due = self.stopping or ends or self.step % self.every_n_steps == 0
-        loop = trainer.fit_loop
         if due and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
             self._save(trainer)
 
@@ -266,6 +298,8 @@ class LastCheckpoint(Checkpoint):
         if self.stepped and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self._folder(trainer) / LAST, weights_only=False)
             self.saved_step = trainer.global_step
+            if self.requeueing:
+                self._requeue()  # saves once more, where Lightning looks for it
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -293,8 +327,14 @@ def _relocate(state: dict[str, Any], folder: Any) -> None:
     """
     for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
         if state.get(key):
-            state[key] = str(Path(folder) / Path(state[key]).name)
+            state[key] = _in(folder, state[key])
     if "best_k_models" in state:
         best = state["best_k_models"].items()
-        state["best_k_models"] = {str(Path(folder) / Path(path).name): s for path, s in best}
+        state["best_k_models"] = {_in(folder, path): score for path, score in best}
         state["dirpath"] = folder
+
+
+def _in(folder: Any, path: str) -> str:
+    # Not Path, which drops a leading "./": ModelCheckpoint compares names as they are written, and
+    # takes the file that it has just written for an old one under another name.
+    return os.path.join(folder, Path(path).name)  # noqa: PTH118

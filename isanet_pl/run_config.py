@@ -26,6 +26,17 @@ class RunConfig(SaveConfigCallback):
     A run that goes on from a checkpoint does so with its own config, and says where the two differ.
     """
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Saves the config of an evaluation, if there is a run folder."""
+        if trainer.loggers and stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves the config of a fit, if there is a run folder."""
+        # Not before: a run that is refused to go on would be left with a config that is not its.
+        if trainer.loggers:
+            super().setup(trainer, pl_module, "fit")
+
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Gives the config to W&B; the file is written already."""
         for logger in trainer.loggers:

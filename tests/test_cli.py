@@ -253,6 +253,12 @@ def test_nan_loss_stops_at_its_step_and_keeps_the_last_good_checkpoint(tiny, tmp
         (("--trainer.max_steps", -1), "set trainer.max_steps or max_epochs"),
         (("--checkpoint.save_top_k", 3), r"add --checkpoint\.filename 'best-\{step\}'"),
         (("--checkpoint.save_top_k", -1), "needs a name for each checkpoint, not best for all"),
+        (("--checkpoint.save_on_exception", "true"), r"would write over best\.ckpt"),
+        (("--checkpoint.monitor", "val/loss"), "highest loss: add --checkpoint.mode min"),
+        (("--checkpoint.save_weights_only", "true", "--ema_decay", 0.9), "leaves out the average"),
+        (("--trainer.enable_checkpointing", "false"), "--checkpoint.save_top_k 0"),
+        (("--trainer.check_val_every_n_epoch", 0), "limit_val_batches 0"),
+        (("--trainer.logger", "false", "--resume", "true"), "--resume needs the run folder"),
     ],
 )
 def test_bad_values_are_refused_with_the_fix(tiny, tmp_path, arguments, message):
@@ -370,9 +376,12 @@ def test_several_loggers_of_ones_own(tiny, tmp_path):
 
 def test_no_logger_if_none_is_wanted(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cli = run("fit", tiny, tmp_path, "--trainer.logger", "false", "--trainer.max_steps", 1)
+    (tmp_path / "config.yaml").write_text(TINY)
+    no_logger = ("--trainer.logger", "false", "--trainer.max_steps", 1)
+    cli = run("fit", tmp_path / "config.yaml", tmp_path, *no_logger)
     assert not cli.trainer.loggers
-    assert not (tmp_path / "runs").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {tiny.name, "config.yaml", "checkpoints"}
+    assert (tmp_path / "config.yaml").read_text() == TINY
 
 
 def test_every_option_of_ours_has_a_help_line(capsys):

@@ -124,25 +124,28 @@ def test_slurm_queues_a_job_again_and_it_goes_on(tiny, tmp_path):
     environment = slurm_task(0, 1, 1, free_port())
     environment["PATH"] = f"{tools}:{environment['PATH']}"
     # Steps without end, so that the signal finds it training; the second start has a few.
-    options = ("--trainer.default_root_dir", "job", "--trainer.val_check_interval", "4")
+    options = ("--resume", "true", "--trainer.default_root_dir", "job")
+    options += ("--trainer.val_check_interval", "4")
     command = [sys.executable, "-m", "isanet_pl", "fit", "--config", str(tiny), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     endless = [*command, "--trainer.max_steps", "100000"]
     with subprocess.Popen(endless, env=environment, cwd=tmp_path, **pipes) as job:
         wait_for((tmp_path / "runs/tiny/version_0/checkpoints/last.ckpt").is_file)
         job.send_signal(signal.SIGUSR1)
-        wait_for((tmp_path / "requeued").is_file)
-        job.kill()  # as SLURM does
+        output, _ = job.communicate(timeout=60)
+    assert job.returncode == 128 + signal.SIGTERM, output[-3000:]
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    saved = torch.load(tmp_path / "job" / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"]
+    run = tmp_path / "runs/tiny/version_0"
+    saved = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert saved >= 4
+    assert f"SLURM's signal: stopped after step {saved}" in output
 
     last = str(saved + 4)
     again = [*command, "--trainer.max_steps", last]
     done = subprocess.run(again, env=environment, cwd=tmp_path, timeout=180, **pipes)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "Restored all states from the checkpoint at " in done.stdout
-    assert "hpc_ckpt_1.ckpt" in done.stdout
-    ended = tmp_path / "runs/tiny/version_1/checkpoints/last.ckpt"
-    assert torch.load(ended, weights_only=True)["global_step"] == saved + 4
-    assert (tmp_path / "runs/tiny/version_1/results.json").is_file()
+    assert f"resuming from {run.relative_to(tmp_path)}/checkpoints/last.ckpt" in done.stdout
+    ended = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert ended["global_step"] == saved + 4
+    assert (run / "results.json").is_file()
+    assert not run.with_name("version_1").exists()

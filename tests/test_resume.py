@@ -228,6 +228,41 @@ def test_all_processes_take_the_best_checkpoint_as_the_first_one_does(stopped, o
     assert state["best_model_path"] == str(folder / "best.ckpt")
 
 
+def test_a_folder_that_begins_with_a_dot_is_the_same_folder(stopped, monkeypatch):
+    """ModelCheckpoint removes the best one before, if that has another name."""
+    monkeypatch.chdir(stopped)
+    options = {"resume": "true", "runs_dir": "./runs", "trainer.max_steps": 5}
+    callback = main(["fit", *arguments(stopped, options)]).trainer.checkpoint_callback
+    own = callback.format_checkpoint_name({})
+    assert callback.best_model_path == callback.kth_best_model_path == own
+    assert list(callback.best_k_models) == [own]
+
+
+def test_a_run_that_is_refused_to_go_on_stays_as_it_was(stopped):
+    run = stopped / "runs" / "tiny" / "version_0"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with fails_naming("model.network.down_factors"):
+        fit(stopped, resume="true", **{"model.network.down_factors": "[[2, 2]]"})
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_goes_on_has_no_result_until_its_new_end(stopped, monkeypatch):
+    result = stopped / "runs" / "tiny" / "version_0" / "results.json"
+    assert result.is_file()
+    stop_at(5, monkeypatch)
+    with pytest.raises(SystemExit):
+        fit(stopped, resume="true", **{"trainer.max_steps": 8})
+    assert not result.exists()
+
+
+def test_a_run_that_may_stop_early_goes_on(tmp_path):
+    early = {"trainer.callbacks+": "EarlyStopping", "trainer.callbacks.monitor": "val/miou"}
+    options = {**BY_EPOCHS, **early, "trainer.callbacks.mode": "max"}
+    fit(tmp_path, **{**options, "trainer.max_epochs": 1})
+    run = fit(tmp_path, **options, resume="true")
+    assert [step for step, _, miou in metrics(run) if miou] == [3, 6, 9]
+
+
 def test_a_run_stopped_after_its_last_step_still_gives_its_result(stopped):
     file = stopped / "runs" / "tiny" / "version_0" / "results.json"
     before = json.loads(file.read_text())
@@ -257,6 +292,18 @@ def test_the_end_is_saved_where_no_validation_comes_there(options, steps, tmp_pa
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == steps
     assert fit(tmp_path, **options, resume="true") == run  # nothing is left to do
+
+
+def test_the_end_is_saved_when_the_time_is_over(tmp_path, monkeypatch):
+    report = Progress.on_train_batch_end
+
+    def end(self, trainer, *args):
+        report(self, trainer, *args)
+        trainer.should_stop = trainer.global_step == 2
+
+    monkeypatch.setattr(Progress, "on_train_batch_end", end)
+    run = fit(tmp_path, **{"last_checkpoint.every_n_steps": 100, "trainer.limit_val_batches": 0})
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 2
 
 
 def test_time_adds_up_in_the_folder_of_a_run_and_only_there(tmp_path):
@@ -495,15 +542,20 @@ def test_metrics_that_cannot_be_written_are_kept_for_the_next_time(tmp_path, mon
 # SIGTERM
 
 
-def test_sigterm_saves_and_ends(tmp_path, monkeypatch, caplog):
+def stop_at(step, monkeypatch):
+    """Lets SIGTERM come in the middle of the end of a step."""
     report = Progress.on_train_batch_end
 
     def ask_to_stop(self, trainer, *args):
         report(self, trainer, *args)
-        if trainer.global_step == 2:
+        if trainer.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Progress, "on_train_batch_end", ask_to_stop)
+
+
+def test_sigterm_saves_and_ends(tmp_path, monkeypatch, caplog):
+    stop_at(2, monkeypatch)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         fit(tmp_path, **{"last_checkpoint.every_n_steps": 100})
