@@ -205,6 +205,12 @@ class LastCheckpoint(Checkpoint):
         if self._random is not None:
             restore_random_state(self._random)
         self.step = trainer.global_step
+        loop = trainer.fit_loop
+        epoch = loop.epoch_progress.current
+        if loop.restarted_mid_epoch and epoch.ready == epoch.processed:
+            # Saved at an epoch's last batch: Lightning 2.6 has just counted the epoch as done, but
+            # would not count the start of the next one, and a second resume would begin that anew.
+            loop.reset_restart_stage()
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._tidy(self._folder(trainer))

@@ -263,6 +263,18 @@ def test_a_run_that_may_stop_early_goes_on(tmp_path):
     assert [step for step, _, miou in metrics(run) if miou] == [3, 6, 9]
 
 
+def test_a_run_stopped_at_the_ends_of_its_epochs_ends_where_it_would_have(tmp_path, monkeypatch):
+    options = {**BY_EPOCHS, "trainer.accumulate_grad_batches": 1, "resume": "true"}
+    options["trainer.check_val_every_n_epoch"] = 3  # three epochs of 7 steps
+    for step in (7, 10, 14):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            stop_at(step, patch)
+            fit(tmp_path, **options)
+    run = fit(tmp_path, **options)
+    assert [step for step, loss, _ in metrics(run) if loss] == list(range(21))
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["epoch"] == 2
+
+
 def test_a_run_stopped_after_its_last_step_still_gives_its_result(stopped):
     file = stopped / "runs" / "tiny" / "version_0" / "results.json"
     before = json.loads(file.read_text())
