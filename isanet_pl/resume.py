@@ -207,7 +207,7 @@ class LastCheckpoint(Checkpoint):
         self.step = trainer.global_step
         loop = trainer.fit_loop
         epoch = loop.epoch_progress.current
-        if loop.restarted_mid_epoch and epoch.ready == epoch.processed:
+        if loop.restarted_mid_epoch and epoch.ready == epoch.processed:  # type: ignore[attr-defined]
             # Saved at an epoch's last batch: Lightning 2.6 has just counted the epoch as done, but
             # would not count the start of the next one, and a second resume would begin that anew.
             loop.reset_restart_stage()

@@ -232,10 +232,10 @@ def stop(attempts: Sequence[Attempt], seconds: float = 30) -> None:
 
 def _result_of_fit(run: Path) -> dict[str, Any] | None:
     """Returns the record of a finished fit; `test` and `validate` leave one as well."""
-    path = run / "results.json"
-    if not path.is_file():
+    try:
+        record: dict[str, Any] = json.loads((run / "results.json").read_text("utf-8"))
+    except (FileNotFoundError, ValueError):  # there is none, or none that is whole: it goes on
         return None
-    record: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return record if record["command"].startswith("isanet-pl fit ") else None
 
 

@@ -41,7 +41,17 @@ NO_DIFFERENCE = (
 """Keys, and what keys begin with, that change nothing of what a network learns."""
 PATHS = ("data.root", "model.network.weights_path")
 """Compared by their last part: the same data lie elsewhere on another machine."""
-OF_EVALUATION = ("data.root", "data.base_size", "model.inference", "trainer.precision")
+OF_EVALUATION = (
+    "data.root",
+    "data.base_size",
+    "data.label_map",
+    "data.reduce_zero_label",
+    "data.num_eval",
+    "model.inference",
+    "trainer.precision",
+    "trainer.limit_val_batches",
+    "trainer.limit_test_batches",
+)
 """Keys that an evaluation chooses; everything else was chosen when the network was trained."""
 MOST_PARTS = 3
 """Differences that a label can name and still be read."""
@@ -69,7 +79,8 @@ def find_kind(config: Config, folder: Path, trained: Config | None, weights: str
         config: Of the run.
         folder: Of the training that it is, or that it evaluates.
         trained: The config of that training; None if it is not known.
-        weights: What an evaluation evaluates; empty for a training.
+        weights: What an evaluation evaluates, or a training started from; empty for a training
+            from scratch, resumed or not.
     """
     if trained is not None and weights:
         kept = {key: value for key, value in trained.items() if not _starts(key, OF_EVALUATION)}

@@ -12,24 +12,32 @@ from run_folders import Run
 def owner(checkpoint: str | None, runs: Iterable[Run]) -> Run | None:
     """Returns the training that wrote a checkpoint; None if it is not among the runs.
 
-    Folders may have been moved since: it is the one whose path ends most like the checkpoint's,
-    at least in NAME/version_N, or in CELL/seedN/version_N.
+    Where its folder is no longer there, it may have been moved: it is the one whose path ends most
+    like the checkpoint's, at least in NAME/version_N, or in CELL/seedN/version_N.
     """
     if not checkpoint:
         return None
-    wanted = Path(checkpoint).absolute().parent.parent.parts
+    home = Path(checkpoint).absolute().parent.parent
+    wanted, stays = home.parts, home.is_dir()
     if len(wanted) < 2:  # in no run folder, so near to the root of the file system
         return None
 
     def shared(folder: Path) -> int:
+        if stays:
+            return len(wanted) if folder.resolve() == home.resolve() else 0
         pairs = zip(reversed(wanted), reversed(folder.absolute().parts), strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), len(wanted))
 
-    likeness = [(max(map(shared, run.folders)), run) for run in runs if run.command == "fit"]
     least = 3 if re.fullmatch(r"seed\d+", wanted[-2]) else 2
-    most = max((count for count, _ in likeness), default=0)
-    best = [run for count, run in likeness if count == most]
-    return best[0] if most >= least and len(best) == 1 else None
+    # Of a run and the one that went on from it, the first.
+    likeness = [
+        ((max(map(shared, run.folders)), shared(run.folder)), run)
+        for run in runs
+        if run.command == "fit"
+    ]
+    most = max((counts for counts, _ in likeness), default=(0, 0))
+    best = [run for counts, run in likeness if counts == most]
+    return best[0] if most[0] >= least and len(best) == 1 else None
 
 
 def join_resumed(runs: Sequence[Run]) -> list[Run]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from labels import Kind, find_differences, find_kind, find_labels
 from report_page import slug
 from resumed_runs import owner
-from run_folders import Curve, Run
+from run_folders import Curve, Run, natural
 
 COMMANDS = ("fit", "validate", "test")
 
@@ -186,13 +186,15 @@ def find_settings(
         training, kind = _identify(run, runs)
         # An older config lacks newer options, whose null changes nothing.
         chosen = {key: value for key, value in kind.config.items() if value is not None}
-        key = json.dumps(chosen, sort_keys=True, default=str)
+        # Paths are compared by their ends: the cells of a grid differ even where these do not.
+        key = json.dumps([kind.cell, chosen], sort_keys=True, default=str)
         same = groups.setdefault(key, _Group(kind)).runs
         seed = training.config.get("seed_everything")
         name = str(seed) if type(seed) is int else str(training.folder)
         if name in same:
+            before, run = sorted((same[name], run), key=_ended)
             problems.append(
-                f"{same[name].folder} is left out: {run.folder}, which is later, has the same "
+                f"{before.folder} is left out: {run.folder}, which is later, has the same "
                 "setting and seed"
             )
         same[name] = run
@@ -206,13 +208,27 @@ def find_settings(
     ]
 
 
+def _ended(run: Run) -> tuple[float, list[list[tuple[str, int]]]]:
+    """Returns a key that sorts runs by the time of their results."""
+    file = run.folder / "results.json"
+    return file.stat().st_mtime, natural(run.folder)
+
+
 def _identify(run: Run, runs: Sequence[Run]) -> tuple[Run, Kind]:
     """Returns the training that a run is or evaluates, itself if that is unknown, and its kind."""
-    if run.command == "fit":
-        return run, find_kind(run.config, run.folder, None, "")
     checkpoint = str(run.config.get("ckpt_path"))
-    training = owner(checkpoint, runs)
+    training = owner(run.config.get("ckpt_path"), runs)
+    if run.command == "fit":
+        resumed = training is None or _only_longer(training, run)
+        return run, find_kind(run.config, run.folder, None, "" if resumed else checkpoint)
     if training is None:
         return run, find_kind(run.config, run.folder, None, checkpoint)
     weights = Path(checkpoint).name
     return training, find_kind(run.config, training.folder, training.config, weights)
+
+
+def _only_longer(first: Run, then: Run) -> bool:
+    """Returns whether a run that goes on from another one is the same training, or more of it."""
+    kinds = [find_kind(run.config, then.folder, None, "").config for run in (first, then)]
+    keys = {key for kind in kinds for key in kind} - {"trainer.max_steps", "trainer.max_epochs"}
+    return all(kinds[0].get(key) == kinds[1].get(key) for key in keys)

@@ -106,7 +106,9 @@ def run_until_stopped(folder: Path, steps: int, number: int) -> int | None:
     kind, workers = KINDS[number % len(KINDS)], WORKERS[number % len(WORKERS)]
     part = folder / "stopped" / "version_0" / "checkpoints" / "last.ckpt.part"
     process, lines, seen = start(folder, "stopped", steps, workers), [], 0
-    patience = random.randint(1, 8)
+    # The first start is stopped after its first checkpoint, that of step 3: before it, there is no
+    # run to go on with.
+    patience = random.randint(1 if number else 4, 8)
     first = last = 0
     for step in steps_of(process, lines):
         first, last, seen = first or step, step, seen + 1
@@ -183,6 +185,8 @@ def main() -> None:
     random.seed(arguments.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
+        if any((folder / name).exists() for name in ("alone", "stopped")):
+            sys.exit(f"{folder} holds runs of before: remove them, or give another --folder")
         run_to_end(folder, "alone", arguments.steps)
         for number in range(arguments.stops):
             if run_until_stopped(folder, arguments.steps, number) is None:

@@ -1,6 +1,7 @@
 """The report: grouping, numbers, joining, escaping; what is missing or broken."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from urllib.parse import urlparse
@@ -335,6 +336,73 @@ def test_a_finished_run_that_went_on_stays_a_run(tmp_path):
         "max_steps=40": 2,
     }
     assert found["max_steps=40"][0].seconds == 180
+
+
+def test_a_run_that_went_on_leaves_the_one_before_its_evaluations(tmp_path):
+    for seed in (0, 1):
+        first = write_run(tmp_path / f"s{seed}" / "version_0", 0.4, seed, steps=(10,))
+        last = {"ckpt_path": str(first / "checkpoints" / "last.ckpt")}
+        more = last | {"trainer.max_steps": 40}
+        write_run(tmp_path / f"s{seed}" / "version_1", 0.5, seed, steps=(20,), config=more)
+        write_run(tmp_path / f"test{seed}" / "version_0", 0.3, command="test", config=last)
+    comparisons, problems = compared(tmp_path)
+    (setting,) = next(c for c in comparisons if c.command == "test").settings
+    assert sorted(setting.runs) == ["0", "1"]
+    assert problems == []
+
+
+def test_a_checkpoint_of_a_training_that_is_not_given_is_no_other_ones(tmp_path):
+    from resumed_runs import owner
+    from run_folders import read_runs
+
+    for grid in ("r18", "r50"):
+        write_run(tmp_path / grid / "base" / "seed0" / "version_0", 0.5)
+    run = tmp_path / "r18" / "base" / "seed0" / "version_0"
+    checkpoint = str(run / "checkpoints" / "best.ckpt")
+    assert owner(checkpoint, read_runs([tmp_path / "r50"], [])) is None
+    assert owner(checkpoint, read_runs([tmp_path], [])).folder == run
+    run.rename(tmp_path / "gone")  # now it may be the one that is given
+    assert owner(checkpoint, read_runs([tmp_path / "r50"], [])) is not None
+
+
+def test_a_part_of_a_split_is_another_evaluation(tmp_path):
+    write_run(tmp_path / "a" / "version_0", 0.5)
+    for name, limit in (("whole", None), ("part", 5)):
+        config = {"ckpt_path": "a/version_0/checkpoints/best.ckpt"}
+        config["trainer.limit_test_batches"] = limit
+        write_run(tmp_path / name / "version_0", 0.4, command="test", config=config)
+    comparisons, problems = compared(tmp_path)
+    assert len(next(c for c in comparisons if c.command == "test").settings) == 2
+    assert problems == []
+
+
+def test_a_training_that_starts_from_another_one_is_another_setting(tmp_path):
+    coarse = {"data.init_args.coarse": True}
+    start = write_run(tmp_path / "coarse" / "version_0", 0.4, steps=(10,), config=coarse)
+    config = {"ckpt_path": str(start / "checkpoints" / "last.ckpt")}
+    write_run(tmp_path / "after" / "version_0", 0.6, steps=(20,), config=config)
+    write_run(tmp_path / "scratch" / "version_0", 0.5, steps=(20,))
+    (comparison,), problems = compared(tmp_path)
+    assert [s.miou.mean for s in comparison.settings] == [0.6, 0.5, 0.4]
+    assert problems == []
+
+
+def test_cells_whose_files_have_one_name_are_two_settings(tmp_path):
+    for cell in ("dino", "imagenet"):
+        weights = {"model.network.weights_path": f"weights/{cell}/resnet18.pth"}
+        write_run(tmp_path / cell / "seed0" / "version_0", 0.5, config=weights)
+    (comparison,), problems = compared(tmp_path)
+    assert {setting.label for setting in comparison.settings} == {"dino", "imagenet"}
+    assert problems == []
+
+
+def test_of_two_runs_with_a_seed_the_one_that_ended_later_counts(tmp_path):
+    later = write_run(tmp_path / "a" / "version_0", 0.6)
+    sooner = write_run(tmp_path / "b" / "version_0", 0.5)
+    os.utime(sooner / "results.json", (1, 1))
+    (comparison,), problems = compared(tmp_path)
+    assert [run.folder for run in comparison.settings[0].runs.values()] == [later]
+    assert f"{sooner} is left out: {later}, which is later" in problems[0]
 
 
 def test_evaluations_are_told_apart_by_their_trainings(tmp_path):
