@@ -63,8 +63,9 @@ class OnnxNetwork(nn.Module):
         arguments = description["network"]
         self.class_names: list[str] = description["class_names"]
         self.align_corners = bool(arguments["align_corners"])
-        self.output_stride = int(arguments["output_stride"])
         self.size: list[int] | None = description["size"]
+        # A file for one size pads to it by itself.
+        self.output_stride = 1 if self.size else int(arguments["output_stride"])
         self.multiples: list[int] = description["multiples"]
         self.inside = description["normalise"] == "inside"
         for name in ("mean", "std"):

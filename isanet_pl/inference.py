@@ -65,10 +65,10 @@ class Inference:
         scales: Each view's size, as a factor; the field's multi-scale protocol is
             [0.5, 0.75, 1, 1.25, 1.5, 1.75].
         flip: Average with the mirrored image as well.
-        pad_multiple: Pad the whole image, on the right and at the bottom, to a multiple of this,
-            and crop the logits. None: the network's output stride, so that features lie as they
-            did under training crops; but with `align_corners`, which is exact for multiples plus
-            one, nothing. 1 pads nothing, as in mmsegmentation.
+        pad_multiple: Pad the image, or each window, on the right and at the bottom, to a multiple
+            of this, and crop the logits. None: the network's output stride, so that features lie
+            as they did under training crops; but with `align_corners`, which is exact for
+            multiples plus one, nothing. 1 pads nothing, as in mmsegmentation.
         base_size: (long, short) edge that images are scaled to; the command line takes it from the
             data.
         mirrored_classes: Pairs of classes that a flip turns into each other; the command line takes
@@ -163,17 +163,16 @@ class Inference:
         return float(counter.get_total_flops() / 2e9)
 
     def multiple_for(self, network: Network) -> int:
-        """Returns what the sides of an image are padded to a multiple of; 1: they are not."""
-        if self.mode == "slide":
-            return 1
+        """Returns what the sides of an image, or a window, are padded to a multiple of."""
         if self.pad_multiple is None:
             return 1 if network.align_corners else network.output_stride
         return self.pad_multiple
 
     def _scores(self, network: Network, x: Tensor) -> Tensor:
         """Returns the logits of one view, at its size."""
-        if self.mode == "slide":
-            return self._slide(network, x)
+        return self._slide(network, x) if self.mode == "slide" else self._padded(network, x)
+
+    def _padded(self, network: Network, x: Tensor) -> Tensor:
         h, w = x.shape[2:]
         multiple = self.multiple_for(network)
         padding = (0, -w % multiple, 0, -h % multiple)
@@ -189,7 +188,7 @@ class Inference:
         for top, left in self._corners(h, w):
             rows = slice(top, top + self.crop_size[0])
             columns = slice(left, left + self.crop_size[1])
-            logits = network(x[:, :, rows, columns])["out"]
+            logits = self._padded(network, x[:, :, rows, columns])
             if total is None:
                 total = torch.zeros(n, logits.shape[1], h, w, device=x.device)
             total[:, :, rows, columns] += logits

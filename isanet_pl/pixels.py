@@ -8,7 +8,17 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 
 def rgb_pixels(image: Image.Image) -> Tensor:
-    """Returns a PIL image of any mode as uint8 (3, H, W) RGB."""
+    """Returns a PIL image as uint8 (3, H, W) RGB.
+
+    Raises:
+        ValueError: Its numbers are no brightness: floating point, or 32 bits of which only the
+            lowest 8 are used.
+    """
+    if image.mode == "F" or (image.mode == "I" and 0 < image.getextrema()[1] < 256):  # type: ignore[operator]
+        raise ValueError(
+            f"pixels of mode {image.mode} (32 bits) do not say what is white: convert the image to "
+            "8 bits a channel, or to grey values of 16 bits"
+        )
     if image.mode.startswith("I"):  # 16 bits: keep the upper eight, convert() would clip
         grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
         return torch.from_numpy(grey).expand(3, -1, -1).contiguous()

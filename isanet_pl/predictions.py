@@ -201,7 +201,7 @@ class PredictionWriter(pl.Callback):
                 labels[int(code)]: round(float(counts[code] / counts.sum()), 6)
                 for code in np.flatnonzero(counts)
             }
-        text = json.dumps(shares, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(shares, indent=1) + "\n"  # ASCII: a name may be no UTF-8
         _write(folder / "shares.json", lambda file: file.write_text(text, "utf-8"))
         return len(shares)
 

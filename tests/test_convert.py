@@ -377,6 +377,21 @@ def test_other_number_of_classes_is_refused(tmp_path):
         read_empty(tmp_path, data_set="cityscapes")
 
 
+@pytest.mark.parametrize("ratio", ["keep_ratio=False, ", ""])
+def test_a_config_that_stretches_images_is_refused(tmp_path, ratio):
+    pipeline = PIPELINE_1.replace("keep_ratio=True, ", ratio)
+    with fails_naming("stretches images"):
+        read_empty(tmp_path, meta(mmseg_config(rest=pipeline)))
+
+
+def test_padding_to_multiples_is_kept(tmp_path):
+    preprocessor = "data_preprocessor=dict(bgr_to_rgb=True, test_cfg=dict(size_divisor=32)),"
+    config = mmseg_config(rest=PIPELINE_1).replace(
+        "type='EncoderDecoder',", f"type='EncoderDecoder', {preprocessor}"
+    )
+    assert read_empty(tmp_path, meta(config)).network.inference.pad_multiple == 32
+
+
 # The checkpoint that is written.
 
 

@@ -104,10 +104,13 @@ def test_overlaps_are_averaged_and_the_last_window_is_shifted_back():
 
 
 def test_windows_larger_than_the_image_see_it_whole(isanet):
-    image = noise(33, 50)
-    whole = Inference(pad_multiple=1)(isanet, image)
-    for crop in ((33, 50), (64, 64), (33, 200)):
-        assert torch.equal(Inference(mode="slide", crop_size=crop)(isanet, image), whole)
+    image = noise(33, 50)  # no multiple of the stride: features lie on its grid in windows too
+    wholes = [Inference(pad_multiple=multiple)(isanet, image) for multiple in (None, 1)]
+    assert not torch.allclose(*wholes)
+    for multiple, whole in zip((None, 1), wholes, strict=True):
+        for crop in ((33, 50), (64, 64), (33, 200)):
+            slide = Inference(mode="slide", crop_size=crop, pad_multiple=multiple)
+            assert torch.equal(slide(isanet, image), whole)
 
 
 def test_stride_is_two_thirds_of_the_window_by_default():

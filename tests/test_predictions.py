@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_scene
+from conftest import fails_naming, make_scene
 from PIL import Image
 
 from isanet_pl.checkpoints import with_config_of_checkpoint
@@ -336,6 +337,31 @@ def test_an_output_inside_the_input_is_no_input(checkpoint, photos, tmp_path, ca
     for _ in range(3):
         predict(checkpoint, photos, photos / "found")
     assert len(files(photos / "found" / "masks")) == 4
+
+
+def test_files_of_other_kinds_are_said(checkpoint, photos, tmp_path, caplog):
+    for name in ("a.heic", "sub dir/b.HEIC", "notes.txt"):
+        (photos / name).touch()
+    with caplog.at_level("INFO", logger="isanet_pl"):
+        predict(checkpoint, photos, photos / "found")
+        predict(checkpoint, photos, photos / "found")  # its shares.json is no input
+    said = [r.getMessage() for r in caplog.records if "not read" in r.getMessage()]
+    assert [text.rsplit(": ", 1)[1] for text in said] == ["2 .heic, 1 .txt"] * 2
+
+
+@pytest.mark.parametrize("out", [".", ".."])
+def test_an_output_around_the_input_is_refused(checkpoint, photos, out):
+    with fails_naming("--output", "holds --data.predict_dir", "give another --output"):
+        predict(checkpoint, photos, photos / out)
+
+
+def test_a_name_that_is_no_utf8_is_a_name(checkpoint, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (32, 32)).save(photos / os.fsdecode(b"m\xfcller.png"))
+    predict(checkpoint, photos, tmp_path / "out")
+    shares = json.loads((tmp_path / "out" / "shares.json").read_text("utf-8"))
+    assert list(shares) == [os.fsdecode(b"m\xfcller")]
 
 
 def test_server_format_needs_to_know_the_codes(checkpoint, photos, tmp_path):

@@ -91,7 +91,7 @@ def read_mmseg(
         find(about, key, default=find(about, key.lower())) for key in ("CLASSES", "PALETTE")
     )
     classes = find_classes(network.arguments["num_classes"], path, data_set, names, palette)
-    network.inference = _inference(config, crop_size, classes)
+    network.inference = _inference(config, crop_size, classes, path)
     return Trained(network, classes, whole_number(find(meta, "iter")))
 
 
@@ -120,13 +120,28 @@ def _goes_with_aligned_corners(crop_size: int | None, path: Path) -> bool:
     return crop_size % 8 == 1
 
 
-def _inference(config: Mapping[str, Any], crop_size: int | None, classes: Classes) -> Inference:
-    """Returns how images are shown: as the config says, else as in the published settings."""
+def _inference(
+    config: Mapping[str, Any], crop_size: int | None, classes: Classes, path: Path
+) -> Inference:
+    """Returns how images are shown: as the config says, else as in the published settings.
+
+    Raises:
+        InputError: The config stretches them.
+    """
     default = SLIDE_769 if crop_size == 769 else {"mode": "whole"}
     tests = (find(config, "test_cfg"), find(config, "model", "test_cfg"), default)
     test: dict[str, Any] = next(test for test in tests if find(test, "mode"))
     steps = find(config, "test_pipeline", default=[])
     sizes = [find(step, "scale", default=find(step, "img_scale")) for step in steps]
+    # mmcv's own default, in 1.x, is false; 0.x has the size elsewhere.
+    if any(
+        find(s, "type") == "Resize" and find(s, "scale") and not find(s, "keep_ratio")
+        for s in steps
+    ):
+        raise InputError(
+            f"{path}: the config in it stretches images to another shape (Resize without "
+            "keep_ratio), which this project does not do"
+        )
     # A pipeline that ends without a word of size shows images as they are.
     silent = steps and not any(find(step, "type") in RESIZING for step in steps)
     usual = None if silent else BASE_SIZES.get(str(classes.data_set))
@@ -137,7 +152,9 @@ def _inference(config: Mapping[str, Any], crop_size: int | None, classes: Classe
     return Inference(
         mode=test["mode"],
         base_size=base_size,
-        pad_multiple=1,
+        pad_multiple=find(
+            config, "model", "data_preprocessor", "test_cfg", "size_divisor", default=1
+        ),
         mirrored_classes=classes.mirrored,
         **settings,
     )

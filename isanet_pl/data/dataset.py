@@ -1,5 +1,6 @@
 """Samples of files: image and class map, read, mapped and checked."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from isanet_pl.data.files import (
 )
 from isanet_pl.data.transforms import TrainTransform, Window
 from isanet_pl.errors import InputError
+
+log = logging.getLogger(__name__)
 
 Colour = tuple[int, int, int]
 
@@ -202,7 +205,7 @@ class ImageDataset(Dataset[Sample]):
         max_pixels: Refuse images of more.
 
     Raises:
-        InputError: The folder does not exist or holds no image.
+        InputError: The folder does not exist or holds no image, or is inside `output`.
     """
 
     def __init__(
@@ -214,6 +217,11 @@ class ImageDataset(Dataset[Sample]):
     ) -> None:
         found = list_files(folder, IMAGE_SUFFIXES, recursive=True)
         own = None if output is None else output.resolve()
+        if own in (folder.resolve(), *folder.resolve().parents):
+            raise InputError(
+                f"--output {output} holds --data.predict_dir {folder}, so that its images would be "
+                "taken for results: give another --output"
+            )
         files = [p for p in found if own is None or own not in p.resolve().parents]
         paths = [path.relative_to(folder) for path in files]
         stems, known = Counter(path.with_suffix("") for path in paths), set(paths)
@@ -225,6 +233,16 @@ class ImageDataset(Dataset[Sample]):
             (path, name) for path, name in zip(files, names, strict=True) if not is_done(name)
         ]
         self.max_pixels = max_pixels
+        others = Counter(
+            path.suffix.lower() or path.name
+            for path in folder.rglob("*")
+            if path.suffix.lower() not in IMAGE_SUFFIXES
+            and path.is_file()
+            and (own is None or own not in path.resolve().parents)
+        )
+        if others:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+            log.info("files in %s that are not read, for their endings: %s", folder, kinds)
 
     def __len__(self) -> int:
         return len(self.files)

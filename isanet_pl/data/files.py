@@ -160,11 +160,14 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Tensor:
         max_pixels: Refuse an image of more.
 
     Raises:
-        InputError: The file cannot be read, is truncated, or too large.
+        InputError: The file cannot be read, is truncated, too large, or holds no brightness.
     """
     with open_image(path, max_pixels) as image:
         _decode(image, path)
-        return rgb_pixels(image)
+        try:
+            return rgb_pixels(image)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from error
 
 
 def read_top(path: Path, rows: int, size: Sequence[int]) -> Tensor | None:
