@@ -28,7 +28,7 @@ def require_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise InputError(f"{error.name} is not installed: pip install 'isanet-pl[onnx]'") from error
+        raise InputError(f"{error.name} is not installed: pip install onnx onnxruntime onnxscript") from error
 
 
 def onnx_runner(target: Path) -> Run:

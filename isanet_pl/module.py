@@ -51,8 +51,9 @@ class SegmentationModule(pl.LightningModule):
             `reference_batch_size`.
         inference: How images are seen in validate, test and predict.
         compile: Train the network through torch.compile: its first steps take minutes.
-        freeze_bn: Keep BatchNorm's statistics as they were loaded, in training too: for batches of
-            so few images that their own are of no use. Its scales and shifts are still trained.
+        freeze_bn: Keep BatchNorm's statistics as they are at the start, in training too: those that
+            were loaded, and in new layers mean 0 and variance 1. For batches of so few images that
+            their own are of no use. Its scales and shifts are still trained.
 
     Raises:
         InputError: There are not as many class weights as classes, the warm-up takes all steps or

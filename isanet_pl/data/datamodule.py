@@ -48,7 +48,7 @@ class SegmentationDataModule(pl.LightningDataModule):
 
     Args:
         root: Folder of the data set.
-        batch_size: Training images per step and device.
+        batch_size: Training images per batch and device.
         crop_size: (H, W) of training crops.
         scale_range: Random scale of training images, uniform between the two.
         base_size: (long, short) edge that images are scaled to, keeping their shape, before all

@@ -71,7 +71,8 @@ class ISANet(nn.Module):
         key_channels: Channels of key and query.
         value_channels: Channels of the value.
         out_channels: Channels of the context features and of the classifier's input.
-        dropout: Probability of Dropout2d after the ISA module; None: 0.1 if reduced, else 0.
+        dropout: Probability of Dropout2d after the context module and in the auxiliary head; None:
+            0.1 if reduced, else 0.
         aux_head: Build the auxiliary head; None: if reduced.
         aux_channels: Channels inside the auxiliary head (mmsegmentation 256, the authors 512).
         align_corners: Of the bilinear upsampling; None: if direct.
