@@ -254,7 +254,11 @@ class SegmentationCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end is None:
+            if (
+                isinstance(callback, EarlyStopping)
+                and callback.monitor.startswith("val/")
+                and callback._check_on_train_epoch_end is None
+            ):
                 # Before last.ckpt is written: a run that goes on from there has no scores yet.
                 callback._check_on_train_epoch_end = False
         if config.ema_decay is not None and self.subcommand == "fit":

@@ -28,7 +28,9 @@ def require_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise InputError(f"{error.name} is not installed: pip install onnx onnxruntime onnxscript") from error
+        raise InputError(
+            f"{error.name} is not installed: pip install onnx onnxruntime onnxscript"
+        ) from error
 
 
 def onnx_runner(target: Path) -> Run:

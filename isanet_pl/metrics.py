@@ -85,4 +85,4 @@ class SegmentationMetrics(MulticlassJaccardIndex):
             "aacc": hits.sum() / labels.sum(),
         }
         scores.update({f"iou/{name}": iou[i] for i, name in enumerate(self.class_names)})
-        return {name: score.float() for name, score in scores.items()}
+        return {name: score.float().to(self.confmat.device) for name, score in scores.items()}

@@ -251,14 +251,15 @@ class ISANet(nn.Module):
                 shapes.
         """
         content = read_weights(path)
-        saved = content.get("hyper_parameters", {}).get("network")
-        if saved is None:
+        parameters = content.get("hyper_parameters")
+        saved = parameters.get("network") if isinstance(parameters, Mapping) else None
+        if not isinstance(saved, Mapping):
             name = f"backbone {self.backbone.name}"
             loaded = load_weights(self.backbone.net, tensors_of(content), name, str(path))
             self.loaded = _of_backbone(loaded)
             return
         state = _of_network(tensors_of(content))
-        if saved["num_classes"] != self.arguments["num_classes"]:
+        if saved.get("num_classes") != self.arguments["num_classes"]:
             state = {k: v for k, v in state.items() if not k.startswith(self._classifiers())}
         heads = {name: self.arguments[name] for name in ("num_classes", "aux_head", "aux_channels")}
         others = "; ".join(different_arguments({**saved, **heads}, self.arguments))
