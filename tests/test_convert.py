@@ -184,10 +184,11 @@ def test_base_size_travels(base_size, tmp_path, caplog):
     [
         (Inference(), False, ["padding to multiples of 8"]),
         (Inference(), True, []),  # nothing is padded
-        (Inference("slide", (97, 97), (65, 65)), False, []),
+        (Inference("slide", (97, 97), (65, 65)), True, []),
+        (Inference("slide", (97, 97), (65, 65)), False, ["padding to multiples of 8"]),
         (
             Inference("slide", (97, 97), (65, 65), scales=(0.5, 1.0), flip=True),
-            False,
+            True,
             ["scales [0.5, 1.0], flip"],
         ),
         (Inference(pad_multiple=64), True, ["padding to multiples of 64"]),
