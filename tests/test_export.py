@@ -201,7 +201,7 @@ def test_images_to_calibrate_with_are_evenly_chosen(tmp_path, count, expected):
 
 def test_without_onnx_it_is_said_what_to_install(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(InputError, match=r"onnxscript is not installed: pip install onnx onnxruntime"):
+    with pytest.raises(InputError, match="onnxscript is not installed: pip install onnx"):
         export(checkpoint, tmp_path / "a.onnx", "--size", "[24, 40]")
 
 
