@@ -1,8 +1,11 @@
 """Finding and reading files: what is read is what the file shows, what is wrong is named."""
 
+import errno
+import os
 import re
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +75,21 @@ def test_list_files_goes_into_folders_only_when_told(tmp_path):
     touch(*files, tmp_path / "x" / "d.csv")
     assert list_files(tmp_path, IMAGE_SUFFIXES) == files[:1]
     assert list_files(tmp_path, IMAGE_SUFFIXES, recursive=True) == files
+
+
+def test_a_folder_below_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    closed = tmp_path / "closed"
+    touch(tmp_path / "a.png", closed / "b.png")
+    scan = os.scandir
+
+    def scandir(path):  # the tests may run as root, who may read everything
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with fails_naming(f"cannot read the folder {closed}: Permission denied"):
+        list_files(tmp_path, IMAGE_SUFFIXES, recursive=True)
 
 
 def test_list_files_refuses_missing_and_empty_folders(tmp_path):

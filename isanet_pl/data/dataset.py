@@ -21,6 +21,7 @@ from isanet_pl.data.files import (
     Codes,
     Pair,
     displayed_size,
+    files_below,
     list_files,
     map_codes,
     read_image,
@@ -235,9 +236,8 @@ class ImageDataset(Dataset[Sample]):
         self.max_pixels = max_pixels
         others = Counter(
             path.suffix.lower() or path.name
-            for path in folder.rglob("*")
+            for path in files_below(folder)
             if path.suffix.lower() not in IMAGE_SUFFIXES
-            and path.is_file()
             and (own is None or own not in path.resolve().parents)
         )
         if others:

@@ -1,6 +1,7 @@
 """Image and mask files: finding the pairs and reading them, with errors that name the file."""
 
 import contextlib
+import os
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
@@ -38,20 +39,35 @@ def list_files(folder: Path, suffixes: frozenset[str], recursive: bool = False) 
     A link that leads nowhere is among them: reading it names it, and leaving it out would not.
 
     Raises:
-        InputError: The folder cannot be read, or no file in it has such a suffix.
+        InputError: The folder, or one below it, cannot be read, or no file has such a suffix.
     """
     if not folder.is_dir():
         raise InputError(f"folder not found: {folder}")
     try:
-        entries = [*(folder.rglob("*") if recursive else folder.iterdir())]
+        entries = [*(files_below(folder) if recursive else folder.iterdir())]
     except OSError as error:
-        raise InputError(f"cannot read the folder {folder}: {error.strerror}") from error
+        where = error.filename or folder
+        raise InputError(f"cannot read the folder {where}: {error.strerror}") from error
     files = sorted(
         p for p in entries if p.suffix.lower() in suffixes and (p.is_file() or not p.exists())
     )
     if not files:
         raise InputError(f"no file in {folder} ends in one of {', '.join(sorted(suffixes))}")
     return files
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yields the files in a folder and in those below it, links to folders left alone.
+
+    Raises:
+        OSError: A folder cannot be read; Path.rglob would pass over it.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for where, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(where, name) for name in names)
 
 
 def pair_by_stem(image_dir: Path, mask_dir: Path) -> list[Pair]:
