@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from isanet_pl.checkpoint_io import PART
+from isanet_pl.checkpoint_io import write_whole
 from isanet_pl.errors import InputError
 from isanet_pl.hardware import describe_machine, peak_memory
 from isanet_pl.inference import Inference
@@ -266,10 +266,9 @@ class ResultTable(pl.Callback):
             "image_size": self.image_size,
             "scores": {k: None if math.isnan(v) else round(v, 6) for k, v in scores.items()},
         }
-        # Whole or not at all: this file says that the run has ended.
-        part = folder / (RESULTS + PART)
-        part.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-        part.replace(folder / RESULTS)
+        # Whole: this file says that the run has ended.
+        text = json.dumps(record, indent=2) + "\n"
+        write_whole(folder / RESULTS, lambda file: file.write_text(text, "utf-8"))
         print(f"written to {folder}")
 
     def _gmacs(self, pl_module: pl.LightningModule) -> float | None:

@@ -1,7 +1,8 @@
-"""Checkpoint files: written whole or not at all, read without executing anything."""
+"""Files written whole or not at all; checkpoints are also read without executing anything."""
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} is damaged, or holds more than data: nothing in it was executed; give another"
         ) from error
     return content
+
+
+def write_whole(path: Path, save: Callable[[Path], Any]) -> None:
+    """Writes a file that has its name only once it is complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

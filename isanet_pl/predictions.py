@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from isanet_pl.checkpoint_io import write_whole
 from isanet_pl.data import Images
 from isanet_pl.errors import InputError
 from isanet_pl.pictures import overlay
@@ -84,7 +85,9 @@ class PredictionWriter(pl.Callback):
                     f"{path.name}): choose another --output, or remove it"
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, lambda file: file.write_text(json.dumps(model, indent=2) + "\n", "utf-8"))
+            write_whole(
+                path, lambda file: file.write_text(json.dumps(model, indent=2) + "\n", "utf-8")
+            )
         except OSError as error:
             raise InputError(
                 f"cannot write to {path.parent}: {error.strerror}; choose another --output"
@@ -140,7 +143,7 @@ class PredictionWriter(pl.Callback):
         path = self.folder / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, save)
+            write_whole(path, save)
         except OSError as error:
             raise InputError(
                 f"cannot write {path}: {error.strerror}; what is written stays, and the same "
@@ -202,7 +205,7 @@ class PredictionWriter(pl.Callback):
                 for code in np.flatnonzero(counts)
             }
         text = json.dumps(shares, indent=1) + "\n"  # ASCII: a name may be no UTF-8
-        _write(folder / "shares.json", lambda file: file.write_text(text, "utf-8"))
+        write_whole(folder / "shares.json", lambda file: file.write_text(text, "utf-8"))
         return len(shares)
 
 
@@ -216,13 +219,3 @@ def _npz(probabilities: npt.NDArray[np.float16]) -> Callable[[Path], None]:
             np.savez_compressed(file, probabilities=probabilities)
 
     return save
-
-
-def _write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Writes a file that has its name only once it is complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
