@@ -230,6 +230,26 @@ def test_train_split_is_shuffled_in_full_batches_that_leave_no_image_out(folder,
     assert len(set(passes)) > 1
 
 
+def test_train_on_val_draws_from_both_and_evaluates_as_before(folder, caplog):
+    kept, data = (make_data(folder, "fit", train_on_val=both) for both in (False, True))
+    drawn = [name for batch in data.train_dataloader() for name in batch["name"]]
+    files = [p for split in ("train", "val") for p in (folder / split / "images").iterdir()]
+    assert sorted(drawn) == sorted(map(str, files))
+    assert len(drawn) == 6
+    assert len(kept.train_dataloader()) == 1
+    for batch, same in zip(data.val_dataloader(), kept.val_dataloader(), strict=True):
+        assert batch["name"] == same["name"]
+        assert batch["image"].equal(same["image"])
+    assert caplog.text.count("val scores measure nothing") == 1
+
+
+def test_train_on_val_needs_space_for_each_image_once(folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(DecodedCache, "check_space", lambda self, pairs: asked.extend(pairs))
+    make_data(folder, "fit", train_on_val=True, cache=str(tmp_path / "cache"))
+    assert len(asked) == len(set(asked)) == 6
+
+
 def test_train_samples_are_augmented_and_eval_samples_are_not(folder):
     data = make_data(folder, "fit", batch_size=1, crop_size=(24, 32))
     train = [batch for _ in range(4) for batch in data.train_dataloader()]

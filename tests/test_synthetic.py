@@ -247,6 +247,11 @@ def test_wrong_arguments(arguments):
         Synthetic(**arguments)
 
 
+def test_train_on_val_is_refused_as_scenes_cost_nothing():
+    with pytest.raises(InputError, match=r"--data\.num_train"):
+        Synthetic(train_on_val=True)
+
+
 def test_fewer_scenes_than_a_batch():
     with pytest.raises(InputError, match=r"3 images.*--data\.batch_size 3"):
         Synthetic(num_train=3, batch_size=4).setup("fit")

@@ -71,6 +71,8 @@ class SegmentationDataModule(pl.LightningDataModule):
         on_error: What a training image or mask that cannot be read does: `raise` ends the run,
             `skip` names it and takes another in its place, until more than 1 % of a pass were
             replaced. In evaluation it always ends the run, or the score would be of other images.
+        train_on_val: Train on the validation images too, for a last run whose test score or
+            submission counts. Validation is then no measure of anything.
     """
 
     class_names: Sequence[str]
@@ -107,6 +109,7 @@ class SegmentationDataModule(pl.LightningDataModule):
         max_pixels: int = MAX_PIXELS,
         cache: str | None = None,
         on_error: Literal["raise", "skip"] = "raise",
+        train_on_val: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
@@ -127,6 +130,7 @@ class SegmentationDataModule(pl.LightningDataModule):
         self.photometric = photometric
         self.cache = cache
         self.skip_broken = on_error == "skip"
+        self.train_on_val = train_on_val
         self._broken: BrokenFiles | None = None  # of a fit that skips them
         self._decoded: DecodedCache | None = None  # one for all splits
         self._told_of_cache = False
@@ -150,8 +154,11 @@ class SegmentationDataModule(pl.LightningDataModule):
         """Returns the samples of a split, checked; see `check_pairs`."""
         train = split == "train"
         table = code_table(self.num_classes, self.label_map, self.reduce_zero_label)
+        pairs = self.list_pairs(split)
+        if train and self.train_on_val:
+            pairs = [*pairs, *self.list_pairs("val")]
         dataset = PairDataset(
-            self.list_pairs(split),
+            pairs,
             table,
             self.num_classes,
             self.train_transform if train else None,
@@ -200,6 +207,11 @@ class SegmentationDataModule(pl.LightningDataModule):
         if stage == "fit":
             train = self._datasets["train"]
             assert isinstance(train, Sized)
+            if self.train_on_val:
+                log.warning(
+                    "train_on_val: the validation images are trained on; val scores measure nothing, "
+                    "so take last.ckpt, not best.ckpt"
+                )
             num_ranks = self._ranks[1]
             if len(train) < self.batch_size * num_ranks:
                 batch = f"{self.batch_size}" + (f" on {num_ranks} devices" if num_ranks > 1 else "")
@@ -256,7 +268,8 @@ class SegmentationDataModule(pl.LightningDataModule):
         """Makes sure that the cache can take the samples of all the splits together."""
         if self._decoded is not None:
             cached = [d for d in datasets if isinstance(d, PairDataset)]
-            self._decoded.check_space([pair for d in cached for pair in d.pairs])
+            pairs = dict.fromkeys(pair for d in cached for pair in d.pairs)  # train_on_val: once
+            self._decoded.check_space(list(pairs))
 
     @property
     def _ranks(self) -> tuple[int, int]:

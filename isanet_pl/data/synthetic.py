@@ -151,6 +151,11 @@ class Synthetic(SegmentationDataModule):
                 f"Synthetic needs cells >= 2, at least one image and a seed >= 0, got cells "
                 f"{cells}, num_train {num_train}, num_eval {num_eval}, seed {seed}"
             )
+        if self.train_on_val:
+            raise InputError(
+                "Synthetic makes as many training images as you like: instead of train_on_val, "
+                f"raise --data.num_train, now {num_train}"
+            )
         self.num_train = num_train
         self.num_eval = num_eval
         self.cells = cells
