@@ -1,5 +1,6 @@
-"""The blocks of the README that scripts write."""
+"""The blocks of a page that scripts write."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ def write_block(path: Path, name: str, text: str) -> None:
     """Replaces what stands between the two marks of a block.
 
     Args:
-        path: The README.
+        path: The page.
         name: Of the block. Its marks are two comments, `NAME: written by a script` and
             `end of NAME`.
         text: Markdown.
@@ -23,3 +24,9 @@ def write_block(path: Path, name: str, text: str) -> None:
     head, rest = content.split(begin, 1)
     tail = rest.split(end, 1)[1]
     path.write_text(f"{head}{begin}\n{text}\n{end}{tail}", "utf-8")
+
+
+def find_blocks(path: Path, kind: str) -> list[str]:
+    """Returns what stands before `kind` in the names of a page's blocks."""
+    mark = re.compile(rf"^<!-- (.+) {kind}: written by a script -->$", re.MULTILINE)
+    return mark.findall(path.read_text("utf-8"))

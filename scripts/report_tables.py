@@ -63,7 +63,7 @@ def _difference(setting: Setting, base: Setting) -> Cell:
     return number(100 * (setting.miou.mean - base.miou.mean), "+.2f")
 
 
-def _time(seconds: float | None, whole: bool) -> Cell:
+def time_taken(seconds: float | None, whole: bool) -> Cell:
     """Returns a cell with a time; `whole` is false where a killed process left none of its own."""
     if seconds is None:
         return Cell("-")
@@ -75,7 +75,7 @@ def _time(seconds: float | None, whole: bool) -> Cell:
 def _mean_time(setting: Setting) -> Cell:
     runs = setting.runs.values()
     mean = statistic(run.seconds for run in runs)
-    return _time(mean.mean if mean else None, all(run.all_seconds for run in runs))
+    return time_taken(mean.mean if mean else None, all(run.all_seconds for run in runs))
 
 
 def class_table(comparison: Comparison) -> Table:
@@ -103,7 +103,7 @@ def run_table(comparisons: Sequence[Comparison]) -> Table:
                         Cell(seed),
                         spread(statistic([run.result.scores["miou"]])),
                         number(run.result.step, "d"),
-                        _time(run.seconds, run.all_seconds),
+                        time_taken(run.seconds, run.all_seconds),
                         Cell(run.result.machine or "-"),
                         Cell(_folders(run)),
                     ]

@@ -1,20 +1,25 @@
-"""Keeps what runs reached in docs/results, and writes the README's tables from there.
+"""Keeps what runs reached in docs/results, and writes the tables of its page and of the README.
 
 python scripts/results.py --add quickstart runs/ablation_quickstart
 python scripts/results.py          only rewrites the tables
+
+The page, docs/results/README.md, has a block `NAME results` for all that is known of each NAME. The
+README has blocks of two kinds: `NAME summary`, the last table of a NAME, and `DATA overview`, all
+trainings on a data set in one table, with the numbers of docs/results/published.yaml.
 """
 
 import argparse
 import json
-import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from readme import write_block
+import yaml
+from overview import overview_table
+from readme import find_blocks, write_block
 from report_figures import draw_scores, picture
 from report_page import code_as_markdown, escape_markdown, slug, table_as_markdown
 from report_tables import class_table, run_table, summary_table
@@ -108,20 +113,19 @@ def _run(record: dict[str, Any], command: str) -> Run:
     return Run(folders, command, {}, result, curves, *times)
 
 
-def block(name: str, comparisons: Sequence[Comparison], store: str) -> str:
+def block(name: str, comparisons: Sequence[Comparison]) -> str:
     """Returns Markdown: tables and pictures, then the single runs and commands, folded.
 
     Args:
-        name: Of the stored results.
+        name: Of the stored results, whose pictures lie beside the page.
         comparisons: What was stored.
-        store: Its folder, as the README says it.
     """
     parts = []
     for comparison in comparisons:
         table = summary_table(comparison, comparison.settings[0])
         parts += [f"**{escape_markdown(comparison.title)}**", table_as_markdown(table)]
         if len(comparison.settings) > 1:
-            file = f"{store}/{_picture_name(name, comparison)}"
+            file = _picture_name(name, comparison)
             parts.append(f"![{escape_markdown(comparison.title)}, all settings]({file})")
     parts.append(table_as_markdown(class_table(comparisons[-1])))
     runs = [r for c in comparisons for s in c.settings for r in s.runs.values() if r.result]
@@ -134,18 +138,55 @@ def block(name: str, comparisons: Sequence[Comparison], store: str) -> str:
     return "\n\n".join(parts)
 
 
+def summary(comparisons: Sequence[Comparison]) -> str:
+    """Returns the last table of some stored results as Markdown."""
+    return table_as_markdown(summary_table(comparisons[-1], comparisons[-1].settings[0]))
+
+
+def overview(data: str, comparisons: Sequence[Comparison], published: Path) -> str:
+    """Returns one table of all trainings on a data set as Markdown.
+
+    Args:
+        data: The data set.
+        comparisons: Of it.
+        published: File with the numbers of others by data set; it may be missing.
+    """
+    others = yaml.safe_load(published.read_text("utf-8")) if published.is_file() else {}
+    return table_as_markdown(overview_table(comparisons, others.get(data, ())))
+
+
+def write_readme(path: Path, stored: Mapping[str, Sequence[Comparison]], store: Path) -> None:
+    """Rewrites the summaries and overviews that a README has.
+
+    Raises:
+        InputError: It has one of something that is not stored.
+    """
+    texts = {f"{name} summary": summary(comparisons) for name, comparisons in stored.items()}
+    for data in find_blocks(path, "overview"):
+        about = [c for known in stored.values() for c in known if c.title.startswith(f"{data} ")]
+        if about:
+            texts[f"{data} overview"] = overview(data, about, store / "published.yaml")
+    for kind in ("summary", "overview"):
+        for name in find_blocks(path, kind):
+            if f"{name} {kind}" not in texts:
+                raise InputError(f"{path} has a block '{name} {kind}', but {store} nothing for it")
+            write_block(path, f"{name} {kind}", texts[f"{name} {kind}"])
+            print(f"{path}: {name} {kind}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Keeps results and rewrites the README's blocks."""
+    """Keeps results and rewrites the blocks of the page and the README."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--add", nargs="+", metavar=("NAME", "RUNS"),
         help="a name, then run folders or folders above them; replaces what has that name",
     )  # fmt: skip
     parser.add_argument(
-        "--store", type=Path, default=Path("docs/results"), help="where they are kept"
-    )
+        "--store", type=Path, default=Path("docs/results"),
+        help="where they are kept, with the page that shows all of them, README.md",
+    )  # fmt: skip
     parser.add_argument(
-        "--readme", type=Path, default=Path("README.md"), help="file with a block for each name"
+        "--readme", type=Path, default=Path("README.md"), help="file with summaries and overviews"
     )
     args = parser.parse_args(arguments)
     if args.add and len(args.add) < 2:
@@ -153,13 +194,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.add:
             add(args.add[0], list(map(Path, args.add[1:])), args.store)
+        stored = {
+            path.stem: [from_record(record) for record in json.loads(path.read_text("utf-8"))]
+            for path in sorted(args.store.glob("*.json"))
+        }
+        page = args.store / "README.md"
+        for name, comparisons in stored.items():
+            write_block(page, f"{name} results", block(name, comparisons))
+            print(f"{page}: {name} results")
+        write_readme(args.readme, stored, args.store)
     except InputError as error:
         parser.error(str(error))
-    where = Path(os.path.relpath(args.store, args.readme.parent)).as_posix()
-    for path in sorted(args.store.glob("*.json")):
-        comparisons = [from_record(record) for record in json.loads(path.read_text("utf-8"))]
-        write_block(args.readme, f"{path.stem} results", block(path.stem, comparisons, where))
-        print(f"{args.readme}: {path.stem}")
     return 0
 
 

@@ -50,9 +50,11 @@ def test_commands_parse(command, monkeypatch, capsys, tmp_path):
     assert stop.value.code == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", TEXT))
-def test_links_and_pictures_exist(link):
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize("page", ["README.md", "docs/results/README.md"])
+def test_links_and_pictures_exist(page):
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", (ROOT / page).read_text("utf-8"))
+    assert len(links) > 5
+    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,13 @@ CLASSES = {"road": 0.9, "car": 0.3}
 VOID = {"area", "br", "hr", "img", "input", "link", "meta"}
 
 
-def write_run(folder, miou=None, seed=0, steps=(10, 20), command="fit", config=None, **scores):
+def write_run(
+    folder, miou=None, seed=0, steps=(10, 20), command="fit", config=None, options="", **scores
+):
     """Writes a run folder as isanet-pl does; without a score it is one that was killed.
 
-    `config` holds dotted keys; `scores` replaces those of the classes.
+    `config` holds dotted keys, `options` is the rest of the command line; `scores` replaces those
+    of the classes.
     """
     folder.mkdir(parents=True)
     (folder / "panels").mkdir()
@@ -45,7 +48,8 @@ def write_run(folder, miou=None, seed=0, steps=(10, 20), command="fit", config=N
     if miou is None:
         return folder
     Image.new("RGB", (8, 4), "red").save(folder / "panels" / f"{stage}_step=000020.png")
-    record = {"command": f"isanet-pl {command}", "stage": stage, "step": 20, "seconds": 90}
+    line = f"isanet-pl {command} {options}".strip()
+    record = {"command": line, "stage": stage, "step": 20, "seconds": 90}
     record |= {"machine": "a machine", "torch": "2.8", "git": "abc", "parameters": 2_500_000}
     record |= {"gmacs": 4.25, "image_size": [4, 8]}
     classes = {f"iou/{name}": value for name, value in (scores or CLASSES).items()}

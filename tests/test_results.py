@@ -1,6 +1,8 @@
-"""What the README shows of runs: kept in docs/results, where the tables come from."""
+"""What the project shows of runs: kept in docs/results, where the tables come from."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -9,13 +11,26 @@ from test_report import context, rows, write_run
 pytestmark = pytest.mark.usefixtures("scripts_on_path")
 
 
+ROOT = Path(__file__).parent.parent
+
+
+def marks(name, inside="old"):
+    return f"<!-- {name}: written by a script -->\n{inside}\n<!-- end of {name} -->\n"
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """The folder of a README with a block, where scripts run."""
-    marks = "<!-- mine results: written by a script -->", "<!-- end of mine results -->"
-    (tmp_path / "README.md").write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
+    """The folder of a README and a page with a block, where scripts run."""
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    text = f"before\n{marks('mine results')}after\n"
+    (tmp_path / "docs" / "results" / "README.md").write_text(text)
+    (tmp_path / "README.md").write_text("nothing yet\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def page(place):
+    return (place / "docs" / "results" / "README.md").read_text()
 
 
 def results(*arguments):
@@ -30,7 +45,7 @@ def test_the_block_holds_the_numbers_of_the_runs(place):
     write_run(place / "runs" / "none" / "version_0", 0.25, config=context("none"))
     write_run(place / "runs" / "dense" / "version_0", config=context("dense"))  # was killed
     assert results("--add", "mine", "runs") == 0
-    text = (place / "README.md").read_text()
+    text = page(place)
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "\nold\n" not in text
@@ -42,12 +57,12 @@ def test_the_block_holds_the_numbers_of_the_runs(place):
     assert len(rows(text, "network.context=isa")) == 4  # and a row for each seed
     assert "network.context=dense" not in text
     assert text.count("isanet-pl fit") == 4
-    file = "docs/results/mine.camvid-val-at-the-end-of-training.png"
+    file = "mine.camvid-val-at-the-end-of-training.png"
     assert f"({file})" in text
-    with Image.open(place / file) as picture:
+    with Image.open(place / "docs" / "results" / file) as picture:
         assert picture.width > 500
     results()
-    assert (place / "README.md").read_text() == text  # a second time changes nothing
+    assert page(place) == text  # a second time changes nothing
 
 
 def test_new_runs_take_the_place_of_those_before(place):
@@ -55,9 +70,9 @@ def test_new_runs_take_the_place_of_those_before(place):
     write_run(place / "runs" / "none" / "version_0", 0.25, config=context("none"))
     results("--add", "mine", "runs")
     results("--add", "mine", isa)
-    assert "network.context=none" not in (place / "README.md").read_text()
+    assert "network.context=none" not in page(place)
     names = sorted(path.name for path in (place / "docs" / "results").iterdir())
-    assert names == ["mine.json", "mine.panel.png"]
+    assert names == ["README.md", "mine.json", "mine.panel.png"]
 
 
 def test_an_evaluation_stands_beside_its_training(place):
@@ -69,11 +84,11 @@ def test_an_evaluation_stands_beside_its_training(place):
         folder = place / "runs" / "test" / f"version_{number}"
         write_run(folder, 0.4 + number / 10, command="test", config=config, car=None)
     results("--add", "mine", "runs")
-    text = (place / "README.md").read_text()
+    text = page(place)
     assert "**CamVid val at the end of training**" in text
     assert "**CamVid test by isanet-pl test**" in text
     assert rows(text, "car") == [["car", "-", "-"]]  # of the last comparison
-    assert "(docs/results/mine.camvid-test-by-isanet-pl-test.png)" in text
+    assert "(mine.camvid-test-by-isanet-pl-test.png)" in text
     kept = json.loads((place / "docs" / "results" / "mine.json").read_text())
     assert [comparison["split"] for comparison in kept] == ["val", "test"]
 
@@ -94,7 +109,97 @@ def test_what_is_no_finished_run_is_refused(arguments, message, place, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_readme_without_the_block_is_refused(place):
+def test_a_page_without_the_block_is_refused(place):
     write_run(place / "runs" / "isa" / "version_0", 0.5)
     with pytest.raises(SystemExit, match=r"lacks the lines .*other results"):
         results("--add", "other", "runs")
+
+
+def test_the_readme_has_the_last_table(place):
+    write_run(place / "runs" / "isa" / "version_0", 0.5)
+    (place / "README.md").write_text(f"before\n{marks('mine summary')}after\n")
+    assert results("--add", "mine", "runs") == 0
+    text = (place / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert [row[:3] for row in rows(text, "isa")] == [["isa", "1", "50.00"]]
+    assert "old" not in text
+    assert "isanet-pl fit" not in text
+
+
+@pytest.mark.parametrize("block", ["other summary", "Cityscapes overview"])
+def test_a_block_of_the_readme_that_nothing_is_stored_for(place, block, capsys):
+    write_run(place / "runs" / "isa" / "version_0", 0.5)
+    (place / "README.md").write_text(marks(block))
+    with pytest.raises(SystemExit) as stop:
+        results("--add", "mine", "runs")
+    assert stop.value.code == 2
+    assert f"'{block}', but docs/results nothing" in capsys.readouterr().err
+
+
+FIELD = "--model.inference.scales '[0.5,0.75,1,1.25,1.5,1.75]' --model.inference.flip true"
+
+
+def evaluate(folder, miou, trained, options="", command="test", weights="last.ckpt", step=20):
+    """Writes the run folder of an evaluation of a training's checkpoint."""
+    line = f"--ckpt_path {trained.relative_to(folder.parents[2])}/checkpoints/{weights} {options}"
+    config = {"ckpt_path": f"{trained}/checkpoints/{weights}", "model.inference.scales": options}
+    write_run(folder, miou, command=command, config=config, options=line)
+    result = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(result | {"step": step}))
+
+
+def overview_of(place):
+    """Returns the README's overview of CamVid, a dict for each row."""
+    (place / "README.md").write_text(marks("CamVid overview"))
+    assert results("--add", "mine", "runs") == 0
+    lines = [line for line in (place / "README.md").read_text().splitlines() if line[0] == "|"]
+    head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return [dict(zip(head, cells, strict=True)) for cells in body]
+
+
+def test_the_overview_has_a_row_for_each_way_to_train(place):
+    runs = place / "runs"
+    for seed, miou in enumerate((0.5, 0.6)):
+        line = f"--config a/isa.yaml --data.root d --seed_everything {seed} --name isa/seed{seed}"
+        trained = write_run(runs / f"isa{seed}" / "version_0", miou, seed, options=line)
+        evaluate(runs / f"test{seed}" / "version_0", miou - 0.1, trained)
+        evaluate(runs / f"field{seed}" / "version_0", miou + 0.1, trained, FIELD)
+        evaluate(runs / f"odd{seed}" / "version_0", 0.9, trained, "--model.inference.scales [2]")
+        evaluate(runs / f"b{seed}" / "version_0", 0.8, trained, weights="best.ckpt", step=10)
+    line = "--config a/isa.yaml --config b/none.yaml --model.freeze_bn true"
+    write_run(runs / "none" / "version_0", 0.8, config=context("none"), options=line)
+    (place / "docs" / "results" / "published.yaml").write_text(
+        "CamVid:\n  - {name: Net, test: 69.1, source: a paper}\n"
+    )
+    isa, none, net = overview_of(place)  # what has no test score comes after
+    assert none == {
+        "training": "isa + none, model.freeze_bn=true", "n": "1", "steps": "20",
+        "val": "**80.00**", "val ms+flip": "-", "test": "-", "test ms+flip": "-",
+        "time, or source": "2 min, a machine",
+    }  # fmt: skip
+    assert isa == none | {
+        "training": "isa", "n": "2", "val": "55.00 ± 7.07", "test": "**45.00 ± 7.07**",
+        "test ms+flip": "**65.00 ± 7.07**",
+    }  # fmt: skip
+    assert net["training"] == "literature: Net"
+    assert (net["test"], net["time, or source"]) == ("69.1", "a paper")
+
+
+def test_the_overview_has_no_val_score_of_a_training_on_val(place):
+    line = "--config isa.yaml --data.train_on_val=true"
+    trained = write_run(place / "runs" / "both" / "version_0", 0.9, options=line)
+    evaluate(place / "runs" / "val" / "version_0", 0.9, trained, command="validate")
+    evaluate(place / "runs" / "test" / "version_0", 0.6, trained)
+    [row] = overview_of(place)
+    assert row["training"] == "isa, data.train_on_val=true"
+    assert (row["val"], row["test"]) == ("-", "**60.00**")
+
+
+def test_the_tables_of_this_project_are_those_of_its_records(tmp_path):
+    shutil.copytree(ROOT / "docs" / "results", tmp_path / "results")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    results("--store", tmp_path / "results", "--readme", tmp_path / "README.md")
+    for name in ("README.md", "results/README.md"):
+        kept = ROOT / ("docs" if "/" in name else "") / name
+        assert (tmp_path / name).read_text("utf-8") == kept.read_text("utf-8")

@@ -209,8 +209,8 @@ class SegmentationDataModule(pl.LightningDataModule):
             assert isinstance(train, Sized)
             if self.train_on_val:
                 log.warning(
-                    "train_on_val: the validation images are trained on; val scores measure nothing, "
-                    "so take last.ckpt, not best.ckpt"
+                    "train_on_val: the validation images are trained on, val scores measure "
+                    "nothing: take last.ckpt, not best.ckpt"
                 )
             num_ranks = self._ranks[1]
             if len(train) < self.batch_size * num_ranks:

@@ -1,0 +1,157 @@
+"""One table of what each training on a data set reached, beside what papers say."""
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from report_page import Cell, Table
+from report_tables import number, spread, time_taken
+from resumed_runs import owner
+from run_folders import Run
+from settings import Comparison, statistic
+
+VIEWS = {
+    ((1.0,), False): "",
+    ((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), True): " ms+flip",
+}
+"""Scales and mirroring of an evaluation, and what the field calls them; others have no column."""
+
+COLUMNS = ("val", "val ms+flip", "test", "test ms+flip")
+
+# What makes no other training: places, names, and what the columns say.
+UNTOLD = {
+    "--ckpt_path", "--config", "--data.root", "--model.network.pretrained",
+    "--model.network.weights_path", "--name", "--resume", "--runs_dir", "--seed_everything",
+    "--trainer.max_steps",
+}  # fmt: skip
+
+
+@dataclass
+class Training:
+    """One training and what its last checkpoint reached.
+
+    Args:
+        label: Its configs, and the options that change it.
+        run: With the result at the end of the training.
+        scores: mIoU as a fraction, by column.
+    """
+
+    label: str
+    run: Run
+    scores: dict[str, float]
+
+
+def read_options(command: str) -> list[tuple[str, str]]:
+    """Returns the options of an isanet-pl command line and their values, in order."""
+    words = iter(shlex.split(command)[2:])
+    options = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        options.append((name, value if equals else next(words, "")))
+    return options
+
+
+def find_label(command: str) -> str:
+    """Returns the configs of a training, and the options that change it."""
+    options = read_options(command)
+    configs = [Path(value).stem for name, value in options if name == "--config"]
+    changes = [f"{name[2:]}={value}" for name, value in options if name not in UNTOLD]
+    return ", ".join([" + ".join(configs), *changes])
+
+
+def find_column(split: str, command: str) -> str | None:
+    """Returns the column that an evaluation belongs to, None if there is none for its views."""
+    options = dict(read_options(command))
+    scales = json.loads(options.get("--model.inference.scales", "[1]"))
+    flip = options.get("--model.inference.flip", "false") == "true"
+    views = VIEWS.get((tuple(map(float, scales)), flip))
+    return None if views is None else split + views
+
+
+def find_trainings(comparisons: Sequence[Comparison]) -> list[Training]:
+    """Returns the trainings with the scores of their last checkpoints, also of evaluations.
+
+    Args:
+        comparisons: Of one data set.
+    """
+    trainings: dict[Path, Training] = {}
+    for comparison, run in _runs(comparisons, ("fit",)):
+        assert run.result is not None
+        training = Training(find_label(run.result.command), run, {comparison.split: _miou(run)})
+        trainings.setdefault(run.folder, training)  # several names may keep the same one
+    for comparison, run in _runs(comparisons, ("validate", "test")):
+        assert run.result is not None
+        column = find_column(comparison.split, run.result.command)
+        checkpoint = dict(read_options(run.result.command)).get("--ckpt_path")
+        trained = owner(checkpoint, [training.run for training in trainings.values()])
+        if column is None or trained is None or trained.result is None:
+            continue
+        if run.result.step == trained.result.step:  # the best on val is no other's last
+            trainings[trained.folder].scores.setdefault(column, _miou(run))
+    for training in trainings.values():
+        if "train_on_val=true" in training.label:
+            for column in ("val", "val ms+flip"):
+                training.scores.pop(column, None)
+    return list(trainings.values())
+
+
+def _runs(
+    comparisons: Sequence[Comparison], commands: Sequence[str]
+) -> Iterator[tuple[Comparison, Run]]:
+    for comparison in comparisons:
+        if comparison.command in commands:
+            for setting in comparison.settings:
+                for run in setting.runs.values():
+                    yield comparison, run
+
+
+def _miou(run: Run) -> float:
+    score = run.result.scores["miou"] if run.result else None
+    assert score is not None  # no result is read without it
+    return score
+
+
+def overview_table(
+    comparisons: Sequence[Comparison], published: Sequence[Mapping[str, Any]]
+) -> Table:
+    """Returns a row for each way to train, the best on test first, then those of papers.
+
+    Args:
+        comparisons: Of one data set.
+        published: `name`, `source` and the score in percent by column, of each number.
+    """
+    ways: dict[tuple[str, int | None], list[Training]] = {}
+    for training in find_trainings(comparisons):
+        assert training.run.result is not None
+        ways.setdefault((training.label, training.run.result.step), []).append(training)
+    scores = {
+        way: {c: statistic(t.scores.get(c) for t in trained) for c in COLUMNS}
+        for way, trained in ways.items()
+    }
+    means = {way: {c: s.mean for c, s in found.items() if s} for way, found in scores.items()}
+    tops = {c: max((mean.get(c, 0.0) for mean in means.values()), default=None) for c in COLUMNS}
+    rows = []
+    for way in sorted(ways, key=lambda way: [-means[way].get(c, 0.0) for c in ("test", "val")]):
+        label, step = way
+        first = ways[way][0].run
+        assert first.result is not None
+        known = [Cell(label), number(len(ways[way]), "d"), number(step, "d")]
+        cells = [spread(s, s is not None and s.mean == tops[c]) for c, s in scores[way].items()]
+        time = time_taken(first.seconds, first.all_seconds).text
+        rows.append([*known, *cells, Cell(f"{time}, {first.result.machine}")])
+    for entry in published:
+        scores = [number(entry.get(column), "g") for column in COLUMNS]
+        rows.append(
+            [
+                Cell(f"literature: {entry['name']}"),
+                Cell("-"),
+                Cell("-"),
+                *scores,
+                Cell(entry["source"]),
+            ]
+        )
+    head = ("training", "n", "steps", *COLUMNS, "time, or source")
+    return Table(head, rows)
