@@ -466,6 +466,15 @@ def test_file_that_matches_nothing_is_refused(network, tmp_path):
     assert not network.loaded
 
 
+@pytest.mark.parametrize("key", ["decode_head.conv_seg.weight", "module.isa_head.0.weight"])
+def test_a_network_of_other_code_is_sent_to_the_converter(network, tmp_path, key):
+    path = tmp_path / "other.pth"
+    torch.save({"state_dict": {"backbone.stem.0.weight": torch.zeros(2), key: torch.ones(2)}}, path)
+    with pytest.raises(ValueError, match=rf"{path} is a network of .*convert_checkpoint\.py"):
+        network.load_file(path)
+    assert not network.loaded
+
+
 def test_wrong_shape_is_refused_before_anything_is_copied(network, direct, weights, tmp_path):
     path = tmp_path / "wide.pth"
     torch.save({**weights, "layer4.1.conv2.weight": torch.zeros(512, 512, 1, 1)}, path)

@@ -254,9 +254,13 @@ class ISANet(nn.Module):
         parameters = content.get("hyper_parameters")
         saved = parameters.get("network") if isinstance(parameters, Mapping) else None
         if not isinstance(saved, Mapping):
-            name = f"backbone {self.backbone.name}"
-            loaded = load_weights(self.backbone.net, tensors_of(content), name, str(path))
-            self.loaded = _of_backbone(loaded)
+            state, name = tensors_of(content), f"backbone {self.backbone.name}"
+            if any("decode_head." in key or "isa_head." in key for key in state):
+                raise ValueError(
+                    f"{path} is a network of mmsegmentation or openseg: make a checkpoint of it "
+                    "with scripts/convert_checkpoint.py, which can be given here"
+                )
+            self.loaded = _of_backbone(load_weights(self.backbone.net, state, name, str(path)))
             return
         state = _of_network(tensors_of(content))
         if saved.get("num_classes") != self.arguments["num_classes"]:
