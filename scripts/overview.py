@@ -1,12 +1,12 @@
 """One table of what each training on a data set reached, beside what papers say."""
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from report_page import Cell, Table
 from report_tables import number, spread, time_taken
 from resumed_runs import owner
@@ -62,11 +62,18 @@ def find_label(command: str) -> str:
     return ", ".join([" + ".join(configs), *changes])
 
 
+def find_start(command: str) -> tuple[str | None, ...]:
+    """Returns the weights that a training started from."""
+    options = dict(read_options(command))
+    names = ("--model.network.weights_path", "--model.network.pretrained")
+    return tuple(options.get(name) for name in names)
+
+
 def find_column(split: str, command: str) -> str | None:
     """Returns the column that an evaluation belongs to, None if there is none for its views."""
     options = dict(read_options(command))
-    scales = json.loads(options.get("--model.inference.scales", "[1]"))
-    flip = options.get("--model.inference.flip", "false") == "true"
+    scales = yaml.safe_load(options.get("--model.inference.scales", "[1]"))
+    flip = yaml.safe_load(options.get("--model.inference.flip", "false"))
     views = VIEWS.get((tuple(map(float, scales)), flip))
     return None if views is None else split + views
 
@@ -123,10 +130,12 @@ def overview_table(
         comparisons: Of one data set.
         published: `name`, `source` and the score in percent by column, of each number.
     """
-    ways: dict[tuple[str, int | None], list[Training]] = {}
+    ways: dict[tuple[Any, ...], list[Training]] = {}
     for training in find_trainings(comparisons):
         assert training.run.result is not None
-        ways.setdefault((training.label, training.run.result.step), []).append(training)
+        start = find_start(training.run.result.command)
+        way = (training.label, training.run.result.step, start)
+        ways.setdefault(way, []).append(training)
     scores = {
         way: {c: statistic(t.scores.get(c) for t in trained) for c in COLUMNS}
         for way, trained in ways.items()
@@ -135,23 +144,14 @@ def overview_table(
     tops = {c: max((mean.get(c, 0.0) for mean in means.values()), default=None) for c in COLUMNS}
     rows = []
     for way in sorted(ways, key=lambda way: [-means[way].get(c, 0.0) for c in ("test", "val")]):
-        label, step = way
         first = ways[way][0].run
         assert first.result is not None
-        known = [Cell(label), number(len(ways[way]), "d"), number(step, "d")]
+        known = [Cell(way[0]), number(len(ways[way]), "d"), number(way[1], "d")]
         cells = [spread(s, s is not None and s.mean == tops[c]) for c, s in scores[way].items()]
         time = time_taken(first.seconds, first.all_seconds).text
         rows.append([*known, *cells, Cell(f"{time}, {first.result.machine}")])
     for entry in published:
-        scores = [number(entry.get(column), "g") for column in COLUMNS]
-        rows.append(
-            [
-                Cell(f"literature: {entry['name']}"),
-                Cell("-"),
-                Cell("-"),
-                *scores,
-                Cell(entry["source"]),
-            ]
-        )
-    head = ("training", "n", "steps", *COLUMNS, "time, or source")
-    return Table(head, rows)
+        known = [Cell(f"literature: {entry['name']}"), Cell("-"), Cell("-")]
+        cells = [number(entry.get(column), "g") for column in COLUMNS]
+        rows.append([*known, *cells, Cell(entry["source"])])
+    return Table(("training", "n", "steps", *COLUMNS, "time, or source"), rows)
