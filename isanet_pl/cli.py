@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -27,6 +28,7 @@ from isanet_pl.exported import OnnxNetwork
 from isanet_pl.messages import configure_messages
 from isanet_pl.module import SegmentationModule
 from isanet_pl.predictions import PredictionWriter
+from isanet_pl.progress_bar import ProgressBar
 from isanet_pl.ranks import RankWatch
 from isanet_pl.resume import LastCheckpoint, continue_metrics, find_run
 from isanet_pl.run_config import RunConfig
@@ -244,7 +246,9 @@ class SegmentationCLI(LightningCLI):
                 f"--trainer.accelerator {config.trainer.accelerator}: PyTorch {torch.__version__} "
                 "finds no GPU here; take cpu or auto, or install a build of PyTorch for the GPU"
             )
-        given = self._get(self.config_init, "trainer")["logger"]
+        chosen = self._get(self.config_init, "trainer")
+        kwargs["callbacks"] = _with_bar(chosen["callbacks"], chosen["enable_progress_bar"])
+        given = chosen["logger"]
         if config.trainer.fast_dev_run or self.subcommand == "export":
             kwargs["logger"] = False
         elif given is not False and self.subcommand is not None:
@@ -333,6 +337,14 @@ class SegmentationCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PredictionWriter):
                 callback.checkpoint = Path(self.config["predict"]["ckpt_path"])
+
+
+def _with_bar(given: Any, wanted: bool | None) -> list[Callback]:
+    """Returns the callbacks of a config, and a progress bar if it is wanted and not among them."""
+    callbacks = given if isinstance(given, list) else [] if given is None else [given]
+    if wanted is False or any(isinstance(callback, LightningBar) for callback in callbacks):
+        return callbacks
+    return [*callbacks, ProgressBar()]
 
 
 def _check_checkpoint_options(config: Any) -> None:

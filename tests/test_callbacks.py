@@ -17,6 +17,7 @@ from test_module import NAMES, make_loader, make_module
 from isanet_pl import callbacks
 from isanet_pl.callbacks import Progress, code_version
 from isanet_pl.dashboards import ClassScores, PredictionPanels
+from isanet_pl.progress_bar import last_epoch
 
 GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
 
@@ -96,6 +97,25 @@ def test_images_per_second_leave_out_validation_and_what_it_draws_and_saves(monk
             now[0] += 100  # another callback draws, a checkpoint is saved
     # 2 steps of 3 images on each of 2 processes, in 4 seconds
     assert logged == [("images_per_s", 3.0), ("images_per_s", 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("options", "batches", "last"),
+    [
+        ({"max_steps": 10}, 4, 2),  # 4 + 4 + 2
+        ({"max_steps": 8}, 4, 1),
+        ({"max_steps": 3}, 4, 0),
+        ({"max_steps": 5, "accumulate_grad_batches": 3}, 4, 2),  # 2 steps an epoch
+        ({"max_epochs": 3}, 4, 2),
+        ({"max_epochs": 2, "max_steps": 100}, 4, 1),
+        ({"max_epochs": -1}, 4, None),
+        ({"max_epochs": 1}, 0, 0),
+    ],
+)
+def test_the_bar_knows_the_last_epoch(options, batches, last):
+    trainer = pl.Trainer(**options, logger=False, barebones=True)
+    trainer.fit_loop.max_batches = batches
+    assert last_epoch(trainer) == last
 
 
 def test_progress_is_told_at_steps_that_end_an_epoch_with_fewer_batches(monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ProgressBar
 from PIL import Image
 
 from isanet_pl.cli import main, new_run_folder
@@ -99,6 +100,21 @@ def test_fit_ends_with_the_table(tiny, tmp_path, capsys):
     out = capsys.readouterr().out
     for word in ("mIoU", "mAcc", "aAcc", "background", "red", "yellow"):
         assert word in out
+
+
+def test_the_bar_counts_epochs_of_steps_and_shows_no_version(tiny, tmp_path, capsys):
+    run("fit", tiny, tmp_path, "--trainer.enable_progress_bar", "true", "--trainer.max_steps", 6)
+    text = capsys.readouterr().out
+    assert "Epoch 1/1 " in text  # 8 images, two a step
+    assert "Epoch 0/-2" not in text
+    assert "v_num" not in text
+
+
+def test_a_bar_of_ones_own_takes_the_place_of_ours(tiny, tmp_path):
+    bar = ("--trainer.callbacks", "TQDMProgressBar", "--trainer.enable_progress_bar", "true")
+    trainer = run("fit", tiny, tmp_path, "--trainer.max_steps", 1, *bar).trainer
+    bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
+    assert [type(callback).__name__ for callback in bars] == ["TQDMProgressBar"]
 
 
 def test_validate_gives_the_score_of_the_fit(trained, tmp_path):
