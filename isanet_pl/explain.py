@@ -31,6 +31,12 @@ def explain(error: Exception) -> InputError | None:
             f"cannot write: {error.strerror}. What was written before is kept; make room, then run "
             "the same command again, for fit with --resume true"
         )
+    if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+        return InputError(
+            "BatchNorm needs several values of a channel, and this network pools an image to one: "
+            "set --data.batch_size 2 or more, --trainer.sync_batchnorm true on several "
+            f"devices, or --model.freeze_bn true ({error})"
+        )
     if isinstance(error, MisconfigurationException | ValueError) and _comes_from(
         error, "lightning"
     ):

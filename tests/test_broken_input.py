@@ -340,6 +340,11 @@ def test_a_val_split_without_any_label_has_no_score(place, caplog):
     assert "no pixel of the val split has a label" in caplog.text
 
 
+def test_an_image_that_is_pooled_to_one_value_is_refused_with_the_fix(place, capsys):
+    options = ("--model.network.context", "ppm", "--data.batch_size", "1")
+    check_refused(capsys, place, nothing, options, ["BatchNorm", "--data.batch_size 2"])
+
+
 def test_ignoring_another_label_than_the_data_is_refused(place):
     with fails_naming("model.loss.ignore_index is 0", "255"):
         main(arguments(place, "fit", ("--model.loss.ignore_index", 0)))
