@@ -50,7 +50,7 @@ class ResizeThenCrop(TrainTransform):
     def cut(self, image: Tensor, mask: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """Returns a crop of the resized image."""
         size = [window.out_height, window.out_width]
-        image = TF.resize(image, size, antialias=True)
+        image = TF.resize(image, size, antialias=False)
         mask = TF.resize(mask[None], size, InterpolationMode.NEAREST_EXACT)[0]
         crop = TrainTransform(
             self.crop_size, (1, 1), cat_max_ratio=self.cat_max_ratio, flip=self.flip

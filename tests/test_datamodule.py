@@ -74,6 +74,22 @@ def test_colours_change_on_the_device_and_with_their_own_jitter(folder):
     assert all(isinstance(jitter, Jitter) for jitter in jitters)
 
 
+def test_padding_keeps_its_colour(folder):
+    data = make_data(folder, "fit", crop_size=(64, 80), scale_range=(0.5, 1.0))
+    for batch in data.train_dataloader():
+        plain = batch["image"].clone()
+        sizes = [(jitter.height, jitter.width) for jitter in batch["jitter"]]
+        bright = [Jitter(brightness=40.0, height=h, width=w) for h, w in sizes]
+        image = data.on_after_batch_transfer({**batch, "jitter": bright}, 0)["image"]
+        for number, (height, width) in enumerate(sizes):
+            assert (batch["mask"][number, height:] == 255).all()
+            assert (batch["mask"][number, :, width:] == 255).all()
+            same = image[number] == plain[number]
+            assert same[:, height:].all()
+            assert same[:, :, width:].all()
+            assert not same[:, :height, :width].any(0).all()
+
+
 def test_without_photometric_there_is_no_jitter(folder):
     data = make_data(folder, "fit", photometric=False)
     evaluated = make_data(folder, "fit")  # with the change of colours on

@@ -20,6 +20,10 @@ class Jitter(NamedTuple):
     """Multiplies the S of HSV."""
     hue: float = 0.0
     """Added to the H of HSV, in turns of the colour circle."""
+    height: int | None = None
+    """Rows from the top that are the image; what is below them is padding. None: all."""
+    width: int | None = None
+    """Columns from the left that are the image; None: all."""
 
 
 def draw_jitter() -> Jitter:
@@ -39,12 +43,20 @@ def draw_jitter() -> Jitter:
 
 
 def distort(image: Tensor, jitter: Jitter) -> Tensor:
-    """Returns the image with its colours changed, uint8 (3, H, W).
+    """Returns the image with its colours changed, uint8 (3, H, W); its padding keeps its own.
 
     Args:
         image: (3, H, W) uint8 RGB, on any device.
         jitter: What to change; see there.
     """
+    changed = image.clone()
+    changed[:, : jitter.height, : jitter.width] = _distort(
+        image[:, : jitter.height, : jitter.width], jitter
+    )
+    return changed
+
+
+def _distort(image: Tensor, jitter: Jitter) -> Tensor:
     x = image.float()
     if jitter.brightness:
         x = x.add(jitter.brightness).clamp_(0, 255)

@@ -166,6 +166,9 @@ class PairDataset(Dataset[Sample]):
         sample: Sample = {"image": image, "mask": mask, "name": str(pair[0])}
         if self.photometric:
             sample["jitter"] = draw_jitter()
+            if window is not None:
+                height, width = window.out_height, window.out_width
+                sample["jitter"] = sample["jitter"]._replace(height=height, width=width)
         return sample
 
     def decode(self, pair: Pair) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ class TrainTransform:
         return Window(top, left, height, width, out_height, out_width, mirrored)
 
     def cut(self, image: Tensor, mask: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-        """Returns the window, resized, padded to the crop's size, perhaps mirrored.
+        """Returns the window, resized, perhaps mirrored, and padded to the crop's size.
 
         Args:
             image: (3, h, W) uint8, at least the rows down to the window's last.
@@ -109,16 +109,17 @@ class TrainTransform:
         """
         place = window[:4]
         size = [window.out_height, window.out_width]
-        image = TF.resized_crop(image, *place, size, antialias=True)
+        # Shrunk without antialiasing, as evaluation does it, and mmsegmentation both.
+        image = TF.resized_crop(image, *place, size, antialias=False)
         mask = TF.resized_crop(mask[None], *place, size, InterpolationMode.NEAREST_EXACT)
-        # Pad on the right and at the bottom, as mmsegmentation does.
+        if window.mirrored:
+            image, mask = image.flip(-1), mask.flip(-1)
+            mask = self.mirrored[mask.long()] if self.swaps_classes else mask
+        # Pad on the right and at the bottom, as mmsegmentation does, and evaluation.
         padding = [0, 0, self.crop_size[1] - size[1], self.crop_size[0] - size[0]]
         if any(padding):
             image = TF.pad(image, padding, fill=IMAGE_FILL)
             mask = TF.pad(mask, padding, fill=IGNORE)
-        if window.mirrored:
-            image, mask = image.flip(-1), mask.flip(-1)
-            mask = self.mirrored[mask.long()] if self.swaps_classes else mask
         return image, mask[0]
 
     def _is_varied(self, mask: Tensor) -> bool:
