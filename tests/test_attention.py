@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from isanet_pl.models import ISABlock, ISAModule, SelfAttentionBlock2D
+from isanet_pl.models.attention import attend
 from isanet_pl.models.layers import conv_bn_relu
 
 
@@ -434,3 +435,35 @@ def test_bfloat16_agrees_within_rounding(how, mask_padding):
     error = actual.float() - expected
     assert error.square().mean().sqrt() < 0.4 * rounding * expected.square().mean().sqrt()
     assert error.abs().max() < rounding * expected.abs().max()
+
+
+# Mixed precision
+
+
+def test_a_bias_of_the_value_stays_in_the_type_of_autocast(monkeypatch):
+    block = ISABlock(16, 8, 16, 16, value_bias=True).train()
+    seen = []
+    for stage in (block.long_range_sa, block.short_range_sa):
+        project = stage._attend_and_project
+        monkeypatch.setattr(
+            stage,
+            "_attend_and_project",
+            lambda *a, project=project: (seen.append([t.dtype for t in a[:3]]), project(*a))[1],
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        block(torch.randn(2, 16, 16, 16)).sum().backward()
+    assert len(seen) >= 2  # and once more where it is computed again
+    assert all(dtypes == [torch.bfloat16] * 3 for dtypes in seen)
+
+
+def test_scores_of_fp32_operands_train_under_autocast():
+    query, key, value = (torch.randn(2, 8, 3, 5, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(query, key, value)
+    out.float().square().sum().backward()
+    gradients = [t.grad.clone() for t in (query, key, value)]
+    exact = [t.detach().clone().requires_grad_() for t in (query, key, value)]
+    attend(*exact).square().sum().backward()
+    for mine, theirs in zip(gradients, exact, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - theirs.grad).norm() < 0.05 * theirs.grad.norm()

@@ -164,3 +164,11 @@ def test_mix_is_the_conv_of_the_concatenation(size, bias, train):
     other = copy.deepcopy(layers)
     parts = [torch.randn(2, channels, 5, 7).double() for channels in (4, 2, 3)]
     assert torch.allclose(mix(layers, parts), other(torch.cat(parts, 1)), atol=1e-10)
+
+
+def test_a_second_derivative_is_refused_by_name():
+    x = torch.randn(1, 4, 5, 5, requires_grad=True)
+    out = SameConv(4, 4, 1)(x)
+    (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()

@@ -79,8 +79,10 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor) -> Tensor:
-        ctx.save_for_backward(query, key)
-        return query @ key.transpose(1, 2)
+        scores = query @ key.transpose(1, 2)
+        # Under autocast in its type, which the backward pass does not choose again.
+        ctx.save_for_backward(query.to(scores.dtype), key.to(scores.dtype))
+        return scores
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +236,7 @@ class SelfAttentionBlock2D(nn.Module):
         if regroup is not None:
             query, key, value = regroup(query), regroup(key), regroup(value)
         if self.f_value.bias is not None:
-            value = value + self.f_value.bias[:, None, None]
+            value = value + self.f_value.bias.to(value.dtype)[:, None, None]  # under autocast
         again = self.recompute and self.training and torch.is_grad_enabled()
         if again and not torch.compiler.is_compiling():  # which decides by itself what to keep
             norms = [m for m in (*self.f_query, *self.f_key) if isinstance(m, _BatchNorm)]
