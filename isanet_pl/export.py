@@ -54,6 +54,8 @@ class SegmentationTrainer(pl.Trainer):
             path: File to write: NAME.onnx, or NAME.pt2 for a torch.export archive.
             size: Height and width of its images. The batch is free in any case.
             dynamic: Let height and width be free as well, in multiples of stride times window.
+                Other images are padded to such multiples, which a checkpoint does only if told
+                to: its `inference.pad_multiple`.
             normalise: `inside`: the file takes uint8 RGB (N, 3, H, W). `outside`: it takes them as
                 float32, minus mean, divided by std.
             images: Folder of real images to compare results on, and to calibrate int8 with.

@@ -134,9 +134,7 @@ class Inference:
             if mirror:
                 scores = self._mirror(scores)
             if scores.shape[2:] != size:
-                scores = F.interpolate(
-                    scores, size, mode="bilinear", align_corners=network.align_corners
-                )
+                scores = resize_logits(scores, size, network.align_corners)
             if len(views) == 1:
                 return scores
             probabilities = scores.float().softmax(dim=1)
@@ -208,6 +206,15 @@ class Inference:
         for left, right in self.mirrored_classes:
             order[left], order[right] = right, left
         return scores[:, order].flip(-1) if self.mirrored_classes else scores.flip(-1)
+
+
+def resize_logits(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """Returns logits (N, K, H, W) at another size, bilinear, in fp32 at least.
+
+    In bf16, which has 8 bits of mantissa, classes tie at many borders, and the first one wins.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
 
 
 def _resize(x: Tensor, factor: float) -> Tensor:

@@ -16,6 +16,10 @@ class SegmentationLoss(nn.Module):
     With OHEM (online hard example mining; openseg's `fs_auxohemce_loss`, mmsegmentation's
     `OHEMPixelSampler`) only pixels whose true class has a probability below a threshold count.
 
+    The mean is over the counted pixels, as in `torch.nn.CrossEntropyLoss` and openseg.
+    mmsegmentation's default, `avg_non_ignore=False`, divides by all pixels instead, so that its
+    steps are the smaller the more of a crop is padding.
+
     In training on several ranks the mean is that over the counted pixels of all of them: the mean
     of the ranks' losses, and DDP's of their gradients, are those of one process with all images.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
@@ -63,6 +63,8 @@ class SegmentationModule(pl.LightningModule):
     hparams: Any
     deployed: ISANet | None
     """The folded network, while `validate`, `test` or `predict` runs."""
+    compiled: Callable[[Tensor], dict[str, Tensor]] | None
+    """The network through torch.compile, for training steps."""
 
     def __init__(
         self,
@@ -114,6 +116,7 @@ class SegmentationModule(pl.LightningModule):
         self.freeze_bn = freeze_bn
         self.predict_probabilities = False
         object.__setattr__(self, "deployed", None)
+        object.__setattr__(self, "compiled", None)
         self.loaded_step = 0
         self.seen: list[str] = []  # the images behind the gradients of now
         self.metrics = nn.ModuleDict(
@@ -140,16 +143,18 @@ class SegmentationModule(pl.LightningModule):
         return self.global_step or self.loaded_step
 
     def setup(self, stage: str) -> None:
-        """Compiles the network for training, in place: the names of its weights stay."""
+        """Compiles the network, for the training steps alone: images of each size cost minutes."""
         # What an evaluation that failed has left: no hook is called at its end.
         self.teardown(stage)
         for scores in (*self.metrics.values(), *self.losses.values()):
             scores.reset()  # type: ignore[operator]
         if self.compile_network and stage == "fit":
-            self.network.compile()
+            # Not a part of this module: it shares the weights, under other names.
+            object.__setattr__(self, "compiled", torch.compile(self.network))
 
     def _forward(self, image: Tensor) -> dict[str, Tensor]:
-        outputs: dict[str, Tensor] = self.network(self.network.normalise(image))
+        network = self.network if self.compiled is None else self.compiled
+        outputs: dict[str, Tensor] = network(self.network.normalise(image))
         return outputs
 
     def _infer(self, image: Tensor) -> dict[str, Tensor]:

@@ -651,7 +651,33 @@ def test_weights_of_another_function_are_taken_with_a_warning(checkpoint, caplog
     assert "down_factors: checkpoint ((8, 8),), config ((4, 4),)" in caplog.text
 
 
+def test_an_auxiliary_head_of_another_width_is_refused_with_what_differs(checkpoint):
+    message = r"aux_head\.0\.weight is .* model\.network\.aux_channels: checkpoint 8, config 4"
+    with pytest.raises(ValueError, match=message):
+        small_net(form="reduced", aux_channels=4, weights_path=str(checkpoint))
+
+
 def test_a_network_that_does_not_fit_is_refused_with_what_differs(checkpoint):
     message = r"trained\.ckpt: .* model\.network\.out_channels: checkpoint 16, config 8"
     with pytest.raises(ValueError, match=message):
         small_net(form="reduced", out_channels=8, weights_path=str(checkpoint))
+
+
+@pytest.mark.parametrize("form", ["direct", "reduced"])
+def test_logits_are_enlarged_in_fp32(form):
+    # In bf16 neighbouring classes tie where they meet.
+    net = small_net(form=form, classify_before_upsampling=True, aux_head=True)
+    for mode in (True, False):
+        net.train(mode)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            outputs = net(torch.randn(2, 3, 32, 40))
+        assert {logits.dtype for logits in outputs.values()} == {torch.float32}
+        assert len(outputs) == 1 + mode
+    assert net.double()(torch.randn(1, 3, 32, 40).double())["out"].dtype == torch.float64
+
+
+def test_classifiers_start_as_in_mmsegmentation():
+    net = small_net(form="reduced", num_classes=40, aux_head=True, aux_channels=64)
+    for classifier in (net.classifier, net.aux_head[-1]):
+        assert classifier.weight.std().item() == pytest.approx(0.01, rel=0.15)
+        assert not classifier.bias.any()

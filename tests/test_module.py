@@ -340,10 +340,25 @@ def test_compiled_network_computes_the_same_under_the_same_names(monkeypatch):
     results = []
     for module in (plain, compiled):
         module.network.train()
-        out = module.network(module.network.normalise(batch["image"]))["out"]
+        out = module._forward(batch["image"])["out"]
         out.square().sum().backward()
         results.append([out, *(p.grad for p in module.network.parameters())])
     for mine, theirs in zip(*results, strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
-    assert compiled.network._compiled_call_impl is not None
-    assert plain.network._compiled_call_impl is None
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+
+
+def test_compiled_training_validates_uncompiled(monkeypatch, tmp_path):
+    calls = []
+
+    def counted(network):
+        def call(x):
+            calls.append(network.training)
+            return network(x)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", counted)
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(make_module(compile=True), make_loader(), make_loader())
+    assert calls == [True, True]

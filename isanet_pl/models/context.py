@@ -1,7 +1,8 @@
 """The context modules that ISA is compared with, (N, C, H, W) -> (N, C_out, H, W) as `ISAModule`.
 
 Each is built as its paper and mmsegmentation's head have it, from its input on, so that they share
-backbone, classifier and recipe, and differ in the context alone.
+backbone, classifier and recipe, and differ in the context alone. Pooled maps are enlarged without
+`align_corners`, whatever the network does with its logits.
 """
 
 from collections.abc import Sequence

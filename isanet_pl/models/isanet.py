@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from isanet_pl.agreement import different_arguments
-from isanet_pl.inference import Inference
+from isanet_pl.inference import Inference, resize_logits
 from isanet_pl.models.attention import AttentionOrder, ISAModule
 from isanet_pl.models.backbone import Backbone
 from isanet_pl.models.context import (
@@ -227,7 +227,10 @@ class ISANet(nn.Module):
                 nn.Dropout2d(dropout),
                 nn.Conv2d(aux_channels, num_classes, 1),
             )
-        nn.init.normal_(self.classifier.weight, std=0.01)
+        # As mmsegmentation's heads do.
+        for classifier in (self.classifier, *(self.aux_head or ())[-1:]):
+            nn.init.normal_(classifier.weight, std=0.01)
+            nn.init.zeros_(classifier.bias)
 
         if pretrained and weights_path is not None:
             raise ValueError("give either pretrained: true or weights_path, not both")
@@ -265,7 +268,10 @@ class ISANet(nn.Module):
         state = _of_network(tensors_of(content))
         if saved.get("num_classes") != self.arguments["num_classes"]:
             state = {k: v for k, v in state.items() if not k.startswith(self._classifiers())}
-        heads = {name: self.arguments[name] for name in ("num_classes", "aux_head", "aux_channels")}
+        free = ["num_classes", "aux_head"]
+        if not (saved.get("aux_head") and self.aux_head is not None):
+            free.append("aux_channels")
+        heads = {name: self.arguments[name] for name in free}
         others = "; ".join(different_arguments({**saved, **heads}, self.arguments))
         try:
             self.loaded = load_weights(self, state, "the network", str(path))
@@ -293,16 +299,16 @@ class ISANet(nn.Module):
         before, features = self.backbone(x)
         features = self.project(self.context(self.reduce(features)))
         if self.classify_before_upsampling:
-            logits = self._upsample(self.classifier(features), size)
+            logits = resize_logits(self.classifier(features), size, self.align_corners)
         else:
-            logits = self.classifier(self._upsample(features, size))
+            features = F.interpolate(
+                features, size, mode="bilinear", align_corners=self.align_corners
+            )
+            logits = self.classifier(features)
         outputs = {"out": logits}
         if self.training and self.aux_head is not None:
-            outputs["aux"] = self._upsample(self.aux_head(before), size)
+            outputs["aux"] = resize_logits(self.aux_head(before), size, self.align_corners)
         return outputs
-
-    def _upsample(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        return F.interpolate(x, size, mode="bilinear", align_corners=self.align_corners)
 
     def normalise(self, image: Tensor) -> Tensor:
         """Returns what `forward` takes: float, minus `mean`, divided by `std`, channels_last.
