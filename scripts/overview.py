@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from report_page import Cell, Table
 from report_tables import number, spread, time_taken
 from resumed_runs import owner
@@ -69,12 +68,19 @@ def find_start(command: str) -> tuple[str | None, ...]:
     return tuple(options.get(name) for name in names)
 
 
-def find_column(split: str, command: str) -> str | None:
-    """Returns the column that an evaluation belongs to, None if there is none for its views."""
-    options = dict(read_options(command))
-    scales = yaml.safe_load(options.get("--model.inference.scales", "[1]"))
-    flip = yaml.safe_load(options.get("--model.inference.flip", "false"))
-    views = VIEWS.get((tuple(map(float, scales)), flip))
+def find_column(split: str, config: Mapping[str, Any]) -> str | None:
+    """Returns the column that a score belongs to, None if it was measured in another way.
+
+    Args:
+        split: val or test.
+        config: By dotted key.
+    """
+    inference = {key: config.get(f"model.inference.{key}") for key in ("mode", "scales", "flip")}
+    if config.get(f"trainer.limit_{split}_batches") not in (None, 1.0):
+        return None
+    if inference["mode"] != "whole":
+        return None
+    views = VIEWS.get((tuple(map(float, inference["scales"])), inference["flip"]))
     return None if views is None else split + views
 
 
@@ -87,22 +93,28 @@ def find_trainings(comparisons: Sequence[Comparison]) -> list[Training]:
     trainings: dict[Path, Training] = {}
     for comparison, run in _runs(comparisons, ("fit",)):
         assert run.result is not None
-        training = Training(find_label(run.result.command), run, {comparison.split: _miou(run)})
-        trainings.setdefault(run.folder, training)  # several names may keep the same one
+        training = Training(find_label(run.result.command), run, {})
+        # Several names may keep the same one.
+        _add(trainings.setdefault(run.folder, training), comparison.split, run)
     for comparison, run in _runs(comparisons, ("validate", "test")):
-        assert run.result is not None
-        column = find_column(comparison.split, run.result.command)
-        checkpoint = dict(read_options(run.result.command)).get("--ckpt_path")
-        trained = owner(checkpoint, [training.run for training in trainings.values()])
-        if column is None or trained is None or trained.result is None:
-            continue
-        if run.result.step == trained.result.step:  # the best on val is no other's last
-            trainings[trained.folder].scores.setdefault(column, _miou(run))
-    for training in trainings.values():
-        if "train_on_val=true" in training.label:
-            for column in ("val", "val ms+flip"):
-                training.scores.pop(column, None)
+        known = [training.run for training in trainings.values()]
+        trained = owner(run.config.get("ckpt_path"), known)
+        if trained is not None:
+            _add(trainings[trained.folder], comparison.split, run)
     return list(trainings.values())
+
+
+def _add(training: Training, split: str, measured: Run) -> None:
+    """Adds a score to those of a training, if it is one of its last weights on unseen images."""
+    assert training.run.result is not None
+    assert measured.result is not None
+    if measured.result.step != training.run.result.step:  # the best on val is no other's last
+        return
+    if split == "val" and training.run.config.get("data.train_on_val"):
+        return
+    column = find_column(split, measured.config)
+    if column is not None:
+        training.scores.setdefault(column, _miou(measured))
 
 
 def _runs(

@@ -29,6 +29,9 @@ from settings import Comparison, Setting, compare
 
 from isanet_pl.errors import InputError
 
+KEPT = ("ckpt_path", "model.inference.", "trainer.limit_", "data.train_on_val")
+"""What is kept of a config, beginnings of dotted keys: how the score was measured."""
+
 
 def add(name: str, paths: Sequence[Path], store: Path) -> None:
     """Keeps the comparisons of some runs, pictures of their scores, and one of predictions.
@@ -77,6 +80,7 @@ def as_record(comparison: Comparison) -> dict[str, Any]:
 def _run_record(run: Run) -> dict[str, Any]:
     speeds = run.curves.get("images_per_s")
     return {
+        "config": {key: value for key, value in run.config.items() if key.startswith(KEPT)},
         "folders": [str(folder) for folder in run.folders],
         "result": asdict(run.result) if run.result else None,
         "images_per_s": statistics.median(speeds.values()) if speeds else None,
@@ -110,7 +114,7 @@ def _run(record: dict[str, Any], command: str) -> Run:
     result = Result(**record["result"])
     folders = tuple(map(Path, record["folders"]))
     times = record["seconds"], record["all_seconds"]
-    return Run(folders, command, {}, result, curves, *times)
+    return Run(folders, command, record["config"], result, curves, *times)
 
 
 def block(name: str, comparisons: Sequence[Comparison]) -> str:

@@ -29,6 +29,7 @@ def write_run(
     stage = "test" if command == "test" else "val"
     content = {"seed_everything": seed, "name": folder.parent.name, "trainer": {"max_steps": 20}}
     content["model"] = {"network": {"context": "isa"}, "optimizer": {"class_path": "torch.SGD"}}
+    content["model"]["inference"] = {"mode": "whole", "scales": [1.0], "flip": False}
     content["data"] = {"class_path": "isanet_pl.data.CamVid", "init_args": {"root": "a/camvid"}}
     if command != "fit":
         content["verbose"] = True
