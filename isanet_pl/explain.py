@@ -34,9 +34,11 @@ def explain(error: Exception) -> InputError | None:
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         return InputError(
             "BatchNorm needs several values of a channel, and this network pools an image to one: "
-            "set --data.batch_size 2 or more, --trainer.sync_batchnorm true on several "
-            f"devices, or --model.freeze_bn true ({error})"
+            "set --data.batch_size 2 or more, --trainer.sync_batchnorm true on several GPUs, or "
+            f"--model.freeze_bn true ({error})"
         )
+    if isinstance(error, ValueError) and "SyncBatchNorm expected" in str(error):
+        return InputError(f"--trainer.sync_batchnorm true needs GPUs ({error})")
     if isinstance(error, MisconfigurationException | ValueError) and _comes_from(
         error, "lightning"
     ):

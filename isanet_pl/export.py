@@ -4,8 +4,10 @@ import json
 import logging
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,19 +84,38 @@ class SegmentationTrainer(pl.Trainer):
             "normalise": normalise,
         }
         program = trace(fuse_for_inference(network), size, dynamic, normalise == "inside")
-        target.parent.mkdir(parents=True, exist_ok=True)
         real = [] if images is None else _read_images(Path(images), size, num_calibration)
-        if target.suffix == ".onnx":
-            write_onnx(program, target, metadata)
-            if int8:
-                quantise(target, [_input(x, network, normalise) for x in real])
-            run = onnx_runner(target)
-        else:
-            text = json.dumps(metadata)
-            torch.export.save(program, target, extra_files={f"{METADATA}.json": text})
-            run = torch.export.load(target).module()
         inputs = [torch.randint(256, (2, 3, *size), dtype=torch.uint8), *real[:NUM_REAL]]
-        compare(target, network, run, inputs, normalise, exact=not int8)
+        with _checked_first(target) as file:
+            if target.suffix == ".onnx":
+                write_onnx(program, file, metadata)
+                if int8:
+                    quantise(file, [_input(x, network, normalise) for x in real])
+                run = onnx_runner(file)
+            else:
+                text = json.dumps(metadata)
+                torch.export.save(program, file, extra_files={f"{METADATA}.json": text})
+                run = torch.export.load(file).module()
+            compare(file, network, run, inputs, normalise, exact=not int8)
+
+
+@contextmanager
+def _checked_first(target: Path) -> Iterator[Path]:
+    """Yields a place for a file, which goes to its own if nothing is raised.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export_", dir=target.parent) as folder:
+            file = Path(folder, target.name)
+            yield file
+            file.replace(target)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {target}: {error.strerror or error}; choose another --path"
+        ) from error
 
 
 class Exportable(nn.Module):
@@ -232,7 +253,7 @@ def _input(image: Tensor, network: ISANet, normalise: str) -> Tensor:
 
 @torch.inference_mode()
 def compare(
-    target: Path,
+    file: Path,
     network: ISANet,
     run: Run,
     inputs: Sequence[Tensor],
@@ -242,7 +263,7 @@ def compare(
     """Prints how results and latency of a file compare with PyTorch's.
 
     Args:
-        target: The file, for the message.
+        file: The exported file.
         network: What was exported.
         run: Runs the file.
         inputs: uint8 images (N, 3, H, W): random ones, then real ones.
@@ -262,16 +283,17 @@ def compare(
     eager = _latency(lambda: network(network.normalise(one)))
     exported = _latency(lambda: run(_input(one, network, normalise)))
     h, w = one.shape[2:]
+    megabytes = file.stat().st_size / 1e6
     print(
-        f"{target} ({target.stat().st_size / 1e6:.1f} MB) against PyTorch on {len(inputs)} inputs: "
+        f"{file.name} ({megabytes:.1f} MB) against PyTorch on {len(inputs)} inputs: "
         f"logits within {worst:.1e} of the largest, {100 * np.mean(agreement):.3f} % of the pixels "
         f"in the same class\nlatency of one {h}x{w} image, {torch.get_num_threads()} threads: "
         f"{exported:.1f} ms, PyTorch {eager:.1f} ms"
     )
     if exact and worst > TOLERANCE:
         raise InputError(
-            f"{target} gives other results than the network: the logits differ by {worst:.1e} of "
-            f"the largest, {TOLERANCE:.0e} is allowed"
+            f"{file.name} gives other results than the network: the logits differ by {worst:.1e} "
+            f"of the largest, {TOLERANCE:.0e} is allowed"
         )
 
 

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 @rank_zero_only
 def configure_messages() -> None:
-    """Shows our own messages, and hides warnings that users can do nothing about."""
+    """Shows our own messages, and hides what is of no use to the user."""
     logger = logging.getLogger("isanet_pl")
     logger.setLevel(logging.INFO)
     if not logger.handlers:
@@ -35,3 +35,9 @@ def configure_messages() -> None:
         "Checkpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    """Returns whether a message of Lightning's is none of its tips to install other products."""
+    return "Tip: For seamless cloud" not in record.getMessage()

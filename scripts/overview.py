@@ -36,11 +36,13 @@ class Training:
         label: Its configs, and the options that change it.
         run: With the result at the end of the training.
         scores: mIoU as a fraction, by column.
+        step: Of the weights that were measured.
     """
 
     label: str
     run: Run
     scores: dict[str, float]
+    step: int = 0
 
 
 def read_options(command: str) -> list[tuple[str, str]]:
@@ -108,8 +110,10 @@ def _add(training: Training, split: str, measured: Run) -> None:
     """Adds a score to those of a training, if it is one of its last weights on unseen images."""
     assert training.run.result is not None
     assert measured.result is not None
-    if measured.result.step != training.run.result.step:  # the best on val is no other's last
+    step, last = measured.result.step or 0, training.run.result.step or 0
+    if step < last:  # the best on val is no other's last
         return
+    training.step = max(step, training.step)  # no validation need come after the last step
     if split == "val" and training.run.config.get("data.train_on_val"):
         return
     column = find_column(split, measured.config)
@@ -146,7 +150,7 @@ def overview_table(
     for training in find_trainings(comparisons):
         assert training.run.result is not None
         start = find_start(training.run.result.command)
-        way = (training.label, training.run.result.step, start)
+        way = (training.label, training.step or training.run.result.step, start)
         ways.setdefault(way, []).append(training)
     scores = {
         way: {c: statistic(t.scores.get(c) for t in trained) for c in COLUMNS}

@@ -340,6 +340,18 @@ def test_a_val_split_without_any_label_has_no_score(place, caplog):
     assert "no pixel of the val split has a label" in caplog.text
 
 
+def test_a_stack_trace_on_request(place, monkeypatch, capsys):
+    given = arguments(place, "fit", ["--data.root", "nowhere"])
+    monkeypatch.setattr(sys, "argv", ["isanet-pl", *given])
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 2
+    assert "isanet-pl: error: " in capsys.readouterr().err
+    monkeypatch.setenv("ISANET_DEBUG", "1")
+    with pytest.raises(InputError, match="nowhere"):
+        run()
+
+
 def test_an_image_that_is_pooled_to_one_value_is_refused_with_the_fix(place, capsys):
     options = ("--model.network.context", "ppm", "--data.batch_size", "1")
     check_refused(capsys, place, nothing, options, ["BatchNorm", "--data.batch_size 2"])

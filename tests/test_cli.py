@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -407,11 +408,17 @@ def test_every_option_of_ours_has_a_help_line(capsys):
     for option in ("--model.network.form", "--model.loss.ohem_threshold", "--wandb", "--name"):
         assert option in text
     # jsonargparse prints a missing description as nothing between the metavar and the type.
-    ours = [x for x in text.split("\n  --") if x.startswith(("model.", "panels.", "progress."))]
-    assert len(ours) > 30
+    names = ("model.", "panels.", "progress.", "predictions.", "wandb", "resume", "ema_decay")
+    names += ("runs_dir", "name", "output")
+    ours = [entry for entry in text.split("\n  --") if entry.startswith(names)]
+    with pytest.raises(SystemExit):
+        main(["fit", "--data.help", "CamVid"])
+    ours += capsys.readouterr().out.split("\n  --data.")[1:]
+    assert len(ours) > 60
     for entry in ours:
-        words = entry.split("(")[0].split()
-        assert len(words) > 3, entry
+        # "--crop_size [ITEM,...]", then what it is.
+        words = re.sub(r"\s+\(type: .*", "", entry, flags=re.DOTALL).split()
+        assert len(words) > 4, entry
 
 
 def test_the_console_script_prints_one_message_and_no_stack_trace(tiny, tmp_path):

@@ -18,6 +18,7 @@ from isanet_pl.export import _read_images, size_multiples
 from isanet_pl.exported import OnnxNetwork, read_metadata
 from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
+from isanet_pl.pixels import rgb_pixels
 
 
 @pytest.fixture(autouse=True)
@@ -155,9 +156,23 @@ def test_a_file_that_answers_otherwise_is_refused(checkpoint, tmp_path, monkeypa
         monkeypatch.setattr(module, "onnx_runner", wrong)
         with pytest.raises(InputError, match=r"other results.*1\.0e-03"):
             export(checkpoint, tmp_path / "a.onnx", "--size", "[24, 40]")
+        assert not list(tmp_path.iterdir())
 
 
-def test_int8(checkpoint, tmp_path, fixed, capsys):
+def test_a_place_that_cannot_be_written_is_named(checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "a.onnx", tmp_path / "file" / "b" / "a.onnx"):
+        with pytest.raises(InputError, match=rf"cannot write {path}: .*--path"):
+            export(checkpoint, path, "--size", "[24, 40]")
+
+
+def test_int8(checkpoint, tmp_path, fixed, monkeypatch):
+    from isanet_pl import export as module
+
+    calibrated, quantise = [], module.quantise
+    monkeypatch.setattr(
+        module, "quantise", lambda file, inputs: (calibrated.extend(inputs), quantise(file, inputs))
+    )
     folder = make_folder(tmp_path / "data", size=(24, 40))
     options = ("--size", "[24, 40]", "--images", folder / "train", "--int8", "true")
     export(checkpoint, tmp_path / "a.onnx", *options)
@@ -165,9 +180,13 @@ def test_int8(checkpoint, tmp_path, fixed, capsys):
     assert onnx.TensorProto.INT8 in types
     assert (tmp_path / "a.onnx").stat().st_size < 0.5 * fixed.stat().st_size
     assert read_metadata(tmp_path / "a.onnx")["class_names"] == list(NAMES)
-    image = images(24, 40)
+    scenes = [Image.open(path) for path in sorted((folder / "train" / "images").iterdir())]
+    image = torch.stack([rgb_pixels(scene) for scene in scenes])
     found, expected = run_onnx(tmp_path / "a.onnx", image), eager(checkpoint, image)
-    assert 1e-5 < float((found - expected).abs().max() / expected.abs().max()) < 0.5
+    error = float((found - expected).abs().max() / expected.abs().max())
+    assert 1e-5 < error < 0.15
+    assert len(calibrated) == len(image)
+    assert all(x.shape == (1, 3, 24, 40) and x.dtype == torch.uint8 for x in calibrated)
 
 
 @pytest.mark.parametrize(

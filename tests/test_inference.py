@@ -288,6 +288,8 @@ def test_arithmetic_is_counted_for_every_context_without_the_auxiliary_head():
     assert none == gmacs(context="none", aux_head=True) > 0
     for context in Context.__args__:
         assert gmacs(context=context) >= none
+    # Products of 64 x 64 positions, with 8 channels of keys and 16 of values, in the dense one.
+    assert gmacs(context="dense_sdpa") == pytest.approx(gmacs(context="dense"))
 
 
 def test_arithmetic_is_that_of_all_views_and_windows():

@@ -101,8 +101,21 @@ def test_it_is_used_where_it_pays_and_nowhere_else(size):
     conv = conv.float()
     with torch.autocast("cpu", torch.bfloat16):
         assert used(conv, x)
+
+
+def test_without_a_gradient_it_is_an_ordinary_conv(monkeypatch):
+    def refuse(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(_Conv, "apply", refuse)
+    conv, x = SameConv(2, 3, 1), torch.randn(1, 2, 4, 4)
+    with pytest.raises(AssertionError):
+        conv(x)
     with torch.no_grad():
-        assert conv(x).grad_fn is None
+        conv(x)
+    layers.same_conv(x, conv.weight, bias=torch.zeros(3))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    conv(x)
 
 
 def test_under_autocast_its_gradients_are_those_of_a_conv():

@@ -1,14 +1,19 @@
 """Optimiser groups and what training keeps and stops at."""
 
+import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from isanet_pl.errors import InputError
 from isanet_pl.inference import Inference
 from isanet_pl.losses import SegmentationLoss
-from isanet_pl.models import ISANet
+from isanet_pl.models import ISANet, fuse_for_inference
 from isanet_pl.module import SegmentationModule
 from isanet_pl.optimisation import poly_schedule
 
@@ -297,7 +302,6 @@ def test_frozen_statistics_stay_while_scales_are_trained(tmp_path):
         module.network.backbone.net.bn1.weight, before["network.backbone.net.bn1.weight"]
     )
     assert module.training
-    assert not make_module().network.backbone.net.bn1.weight.equal(torch.zeros(64))
     assert make_module().network.backbone.net.bn1.training
 
 
@@ -320,10 +324,47 @@ def test_on_going_on_the_optimisers_settings_are_those_of_the_config(tmp_path):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_precisions_train(tmp_path, precision):
+    module, computed = make_module(), set()
+    conv, norm = module.network.backbone.net.conv1, module.network.backbone.net.bn1
+    for layer in (conv, norm):
+        layer.register_forward_hook(lambda _, inputs, out: computed.add(out.dtype))
+    trainer = make_trainer(tmp_path, max_steps=2, precision=precision)
+    trainer.fit(module, make_loader())
+    assert computed == {torch.bfloat16 if precision == "bf16-mixed" else torch.float32}
+    state = module.state_dict().values()
+    assert {t.dtype for t in state if t.is_floating_point()} == {torch.float32}
+    assert all(t.isfinite().all() for t in state)
+    assert trainer.callback_metrics["train/loss"].dtype == torch.float32
+
+
+def test_an_overflow_of_16_mixed_is_left_to_its_scaler(monkeypatch):
+    # Which skips the step; a GPU is needed for the rest.
     module = make_module()
-    make_trainer(tmp_path, max_steps=2, precision=precision).fit(module, make_loader())
-    assert all(p.isfinite().all() for p in module.parameters())
-    assert module.network.classifier.weight.dtype == torch.float32
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    for precision, stops in (("16-mixed", False), ("bf16-mixed", True)):
+        module.trainer = SimpleNamespace(precision=precision, global_step=3)
+        weight = module.network.classifier.weight
+        weight.grad = torch.full_like(weight, torch.inf)
+        with pytest.raises(InputError) if stops else nullcontext():
+            module.on_before_optimizer_step(None)
+    module.trainer = SimpleNamespace(precision="16-mixed", global_step=3)
+    module.network.backbone.net.bn1.running_var.fill_(torch.inf)  # nothing would repair that
+    with pytest.raises(InputError, match="statistic is not finite"):
+        module.on_before_optimizer_step(None)
+
+
+def test_synchronised_norms_are_frozen_folded_and_evaluated_as_others(monkeypatch):
+    # Training with them needs GPUs.
+    plain = make_module(freeze_bn=True)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain)).train()
+    norms = [m for m in synced.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+    image = torch.randn(1, 3, 32, 40)
+    with torch.no_grad():
+        expected = plain.network.eval()(image)["out"]
+        found = fuse_for_inference(synced.network.eval())(image)["out"]
+    assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_compiled_network_computes_the_same_under_the_same_names(monkeypatch):
@@ -338,6 +379,7 @@ def test_compiled_network_computes_the_same_under_the_same_names(monkeypatch):
     assert list(compiled.state_dict()) == names
     batch = next(iter(make_loader()))
     results = []
+    torch._dynamo.utils.counters.clear()
     for module in (plain, compiled):
         module.network.train()
         out = module._forward(batch["image"])["out"]

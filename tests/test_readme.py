@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_predictions import write_checkpoint
 
 from isanet_pl.cli import main
@@ -64,6 +65,24 @@ def test_named_files_exist(path):
     assert (ROOT / path).exists()
 
 
-def test_python_example_compiles():
-    for block in re.findall(r"```python\n(.*?)```", TEXT, re.S):
-        compile(block, "README.md", "exec")
+def test_python_examples_run(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "best.ckpt")
+    Image.new("RGB", (40, 24)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    [block] = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    names = {}
+    exec(block, names)
+    assert names["mask"].shape == (24, 40)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [c for c in COMMANDS if c[0] == "python" and c[1].startswith("scripts/")],
+    ids=lambda command: command[1],
+)
+def test_scripts_know_their_options(command):
+    source = (ROOT / command[1]).read_text("utf-8")
+    own = command[2 : command.index("--")] if "--" in command else command[2:]
+    options = [part for part in own if part.startswith("--") and "." not in part]
+    options = [option for option in options if option not in ("--data", "--config")]  # isanet-pl's
+    assert [option for option in options if f'"{option}"' not in source] == []

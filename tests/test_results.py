@@ -203,9 +203,10 @@ def test_the_overview_has_no_val_score_of_a_training_on_val(place):
         place / "runs" / "both" / "version_0", 0.9, config=both, options="--config a"
     )
     evaluate(place / "runs" / "val" / "version_0", 0.9, trained, command="validate")
-    evaluate(place / "runs" / "test" / "version_0", 0.6, trained)
+    evaluate(place / "runs" / "test" / "version_0", 0.6, trained, step=25)
     [row] = overview_of(place)
     assert (row["val"], row["test"]) == ("-", "**60.00**")
+    assert row["steps"] == "25"  # after the last validation
 
 
 def test_the_overview_sees_how_a_training_validates(place):
