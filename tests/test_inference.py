@@ -210,7 +210,7 @@ def test_scales_and_flip_average_probabilities(isanet):
         views.append(logits.softmax(1))
     inference = Inference(scales=[0.5, 1.0, 1.75], flip=True, pad_multiple=1)
     found = inference(isanet, image)
-    assert found.exp().std() > 0.05  # so that the next line means something
+    assert found.exp().std() > 0.02  # so that the next line means something
     assert torch.allclose(found.exp(), torch.stack(views).mean(0), atol=1e-5)
     assert torch.allclose(found.exp().sum(1), torch.ones(1, 40, 56), atol=1e-4)
 
