@@ -43,7 +43,7 @@ from isanet_pl.convert.trained import Classes
 from isanet_pl.data import ADE20K, LIP, Cityscapes, SegmentationFolder
 from isanet_pl.data.dataset import default_palette
 from isanet_pl.errors import InputError
-from isanet_pl.inference import Inference
+from isanet_pl.inference import Inference, resize_logits
 from isanet_pl.losses import SegmentationLoss
 from isanet_pl.models import ISANet
 from isanet_pl.module import SegmentationModule
@@ -72,7 +72,7 @@ def outputs(network, x):
     """Returns main and auxiliary logits in float64, both at the size of the input."""
     network = network.double().eval()
     before, _ = network.backbone(x)
-    aux = network._upsample(network.aux_head(before), x.shape[2:])
+    aux = resize_logits(network.aux_head(before), x.shape[2:], network.align_corners)
     return network(x)["out"], aux
 
 
