@@ -120,7 +120,8 @@ def test_corner_of_the_bayesian_search_takes_a_step(end, as_agent, tmp_path):
 
 
 def test_early_termination_leaves_a_run_time_to_validate():
-    trainer = yaml.safe_load((ROOT / BASE).read_text())["trainer"]
+    schedule = yaml.safe_load((ROOT / BASE).read_text())["trainer"]  # a file beside it
+    trainer = yaml.safe_load(((ROOT / BASE).parent / schedule).read_text())
     validations = trainer["max_steps"] // trainer["val_check_interval"]
     early = BAYES["early_terminate"]
     brackets = [early["min_iter"] * early["eta"] ** i for i in range(10)]
