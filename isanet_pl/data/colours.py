@@ -43,20 +43,12 @@ def draw_jitter() -> Jitter:
 
 
 def distort(image: Tensor, jitter: Jitter) -> Tensor:
-    """Returns the image with its colours changed, uint8 (3, H, W); its padding keeps its own.
+    """Returns the image with its colours changed, uint8 (3, H, W).
 
     Args:
-        image: (3, H, W) uint8 RGB, on any device.
+        image: (3, H, W) uint8 RGB, on any device, without padding.
         jitter: What to change; see there.
     """
-    changed = image.clone()
-    changed[:, : jitter.height, : jitter.width] = _distort(
-        image[:, : jitter.height, : jitter.width], jitter
-    )
-    return changed
-
-
-def _distort(image: Tensor, jitter: Jitter) -> Tensor:
     x = image.float()
     if jitter.brightness:
         x = x.add(jitter.brightness).clamp_(0, 255)

@@ -327,7 +327,8 @@ class SegmentationDataModule(pl.LightningDataModule):
             self._broken.take(batch.pop("replaced"))
         self._tell_of_cache()
         for image, jitter in zip(batch.get("image", ()), batch.pop("jitter", ()), strict=False):
-            image.copy_(distort(image, jitter))
+            shown = image[:, : jitter.height, : jitter.width]  # padding keeps its colour
+            shown.copy_(distort(shown, jitter))
         return batch
 
     def _tell_of_cache(self) -> None:
