@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, ModelSummary
 from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -32,6 +32,7 @@ from isanet_pl.progress_bar import ProgressBar
 from isanet_pl.ranks import RankWatch
 from isanet_pl.resume import LastCheckpoint, continue_metrics, find_run
 from isanet_pl.run_config import RunConfig
+from isanet_pl.summary import NetworkSummary
 from isanet_pl.wandb_run import Mode, WandbRun, resolve_mode, wandb_logger
 
 log = logging.getLogger(__name__)
@@ -247,7 +248,7 @@ class SegmentationCLI(LightningCLI):
                 "finds no GPU here; take cpu or auto, or install a build of PyTorch for the GPU"
             )
         chosen = self._get(self.config_init, "trainer")
-        kwargs["callbacks"] = _with_bar(chosen["callbacks"], chosen["enable_progress_bar"])
+        kwargs["callbacks"] = _with_displays(chosen)
         given = chosen["logger"]
         if config.trainer.fast_dev_run or self.subcommand == "export":
             kwargs["logger"] = False
@@ -339,12 +340,18 @@ class SegmentationCLI(LightningCLI):
                 callback.checkpoint = Path(self.config["predict"]["ckpt_path"])
 
 
-def _with_bar(given: Any, wanted: bool | None) -> list[Callback]:
-    """Returns the callbacks of a config, and a progress bar if it is wanted and not among them."""
+def _with_displays(trainer: Any) -> list[Callback]:
+    """Returns a config's callbacks, and bar and summary where wanted and not among them."""
+    given = trainer["callbacks"]
     callbacks = given if isinstance(given, list) else [] if given is None else [given]
-    if wanted is False or any(isinstance(callback, LightningBar) for callback in callbacks):
-        return callbacks
-    return [*callbacks, ProgressBar()]
+    for option, kind, own in (
+        ("enable_progress_bar", LightningBar, ProgressBar),
+        ("enable_model_summary", ModelSummary, NetworkSummary),
+    ):
+        among_them = any(isinstance(callback, kind) for callback in callbacks)
+        if trainer[option] is not False and not among_them:
+            callbacks = [*callbacks, own()]
+    return callbacks
 
 
 def _check_checkpoint_options(config: Any) -> None:

@@ -35,9 +35,13 @@ def configure_messages() -> None:
         "Checkpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_of_use)
 
 
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    """Returns whether a message of Lightning's is none of its tips to install other products."""
-    return "Tip: For seamless cloud" not in record.getMessage()
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Returns whether a message of Lightning's is neither a tip to install its other products...
+
+    ...nor about our own summary of the network, which takes the place of Lightning's.
+    """
+    unwanted = "Tip: For seamless cloud", "already configured with model summary callbacks"
+    return not any(part in record.getMessage() for part in unwanted)

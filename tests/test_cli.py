@@ -16,6 +16,7 @@ from PIL import Image
 
 from isanet_pl.cli import main, new_run_folder
 from isanet_pl.errors import InputError
+from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
 
 TINY = """
@@ -116,6 +117,25 @@ def test_a_bar_of_ones_own_takes_the_place_of_ours(tiny, tmp_path):
     trainer = run("fit", tiny, tmp_path, "--trainer.max_steps", 1, *bar).trainer
     bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
     assert [type(callback).__name__ for callback in bars] == ["TQDMProgressBar"]
+
+
+def test_a_training_says_what_its_network_costs(tiny, tmp_path, capsys, caplog):
+    cli = run("fit", tiny, tmp_path, "--trainer.max_steps", 1)
+    text = capsys.readouterr().out
+    parameters, gmacs = re.search(r"│ all +│ +([\d.]+) │ +([\d.]+) │", text).groups()
+    network = cli.model.network
+    assert float(parameters) == round(sum(p.numel() for p in network.parameters()) / 1e6, 2)
+    side = cli.datamodule.cells * 80  # no crop of the default size: see `Synthetic`
+    assert f"ISANet, images of {side}x{side}" in text
+    assert float(gmacs) == round(Inference().count_gmacs(network, side, side), 2)
+    assert "FLOPs" not in text  # Lightning's summary, which has none
+    assert "summary" not in caplog.text
+
+
+def test_the_costs_of_the_network_are_left_out_on_demand(tiny, tmp_path, capsys):
+    options = ("--trainer.max_steps", 1, "--trainer.enable_model_summary")
+    run("fit", tiny, tmp_path, *options, "false")
+    assert "GMACs" not in capsys.readouterr().out
 
 
 def test_validate_gives_the_score_of_the_fit(trained, tmp_path):

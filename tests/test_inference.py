@@ -1,6 +1,7 @@
 """Whole, sliding and averaged inference, against plain formulations."""
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from isanet_pl.inference import Inference, window_starts
 from isanet_pl.models import ISANet
-from isanet_pl.models.isanet import Context
+from isanet_pl.models.isanet import Context, Form
+from isanet_pl.summary import gmacs_of_parts
 
 
 class Pointwise:
@@ -298,3 +300,20 @@ def test_arithmetic_is_that_of_all_views_and_windows():
     assert gmacs(Inference(scales=(1, 2)), context="none") == pytest.approx(5 * once)
     slide = Inference(mode="slide", crop_size=(64, 64), stride=(64, 64))
     assert gmacs(slide, (128, 192), context="none") == pytest.approx(6 * once)
+
+
+# The arithmetic of each part
+
+
+@pytest.mark.parametrize("context", get_args(Context))
+@pytest.mark.parametrize("form", get_args(Form))
+def test_the_parts_of_a_network_add_up_to_its_arithmetic(form, context):
+    network = ISANet(3, "resnet18", form=form, context=context, aux_head=True, aux_channels=8)
+    parts = gmacs_of_parts(network, 41, 64)
+    # On the stage before the last, of 256 channels: conv3x3 to 8, conv1x1 to 3.
+    auxiliary = (256 * 9 * 8 + 8 * 3) * 6 * 8 / 1e9
+    assert parts.pop("aux_head") == pytest.approx(auxiliary)
+    whole = Inference(pad_multiple=1).count_gmacs(network, 41, 64)
+    assert sum(parts.values()) == pytest.approx(whole)
+    assert network.training
+    assert {p.device.type for p in network.parameters()} == {"cpu"}

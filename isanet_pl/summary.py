@@ -1,0 +1,81 @@
+"""What a training says of its network at the start."""
+
+import copy
+import sys
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from isanet_pl.models import ISANet
+
+
+class NetworkSummary(ModelSummary):
+    """Prints the parts of the network with their parameters and arithmetic.
+
+    In the place of Lightning's own, which shows the module's four children, of which one has
+    parameters, and knows their arithmetic only from a batch in the module.
+    """
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leaves Lightning's table out; the size of a training image is not known yet."""
+        self.printed = False
+
+    @rank_zero_only
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Prints the table before the first batch, for an image of its size."""
+        network = pl_module.network
+        if self.printed or not isinstance(network, ISANet):
+            return
+        self.printed = True
+        table = _table(network, *batch["image"].shape[2:])
+        Console(width=None if sys.stdout.isatty() else 80).print(table)
+
+
+def gmacs_of_parts(network: ISANet, height: int, width: int) -> dict[str, float]:
+    """Returns the arithmetic of each part of a network in the forward pass of a training image.
+
+    In billions of multiply-adds, counted as in `Inference.count_gmacs`, which has no auxiliary
+    head. Nothing is computed for it.
+
+    Args:
+        network: The network; it stays as it is.
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+    """
+    shapes: Any = copy.deepcopy(network).to("meta").train()
+    images = torch.empty(2, 3, height, width, device="meta")  # BatchNorm on pooled maps needs two
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        shapes(images)
+    counts = counter.get_flop_counts()
+    return {
+        name: sum(counts.get(f"{type(network).__name__}.{name}", {}).values()) / len(images) / 2e9
+        for name, _ in network.named_children()
+    }
+
+
+def _table(network: ISANet, height: int, width: int) -> Table:
+    gmacs = gmacs_of_parts(network, height, width)
+    parameters = {
+        name: sum(p.numel() for p in part.parameters()) / 1e6
+        for name, part in network.named_children()
+    }
+    kinds = {name: str(network.arguments[name]) for name in ("backbone", "context")}
+    table = Table(title=f"ISANet, images of {height}x{width}", title_justify="left")
+    table.add_column("part")
+    table.add_column("M parameters", justify="right")
+    table.add_column("GMACs", justify="right")
+    for name in gmacs:
+        if parameters[name]:
+            label = f"{name} {kinds.get(name, '')}".rstrip()
+            table.add_row(label, f"{parameters[name]:.2f}", f"{gmacs[name]:.2f}")
+    table.add_section()
+    table.add_row("all", f"{sum(parameters.values()):.2f}", f"{sum(gmacs.values()):.2f}")
+    return table
