@@ -22,23 +22,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Writes a file beside the one of that name and puts it in its place once it is whole.
+        """Writes a checkpoint that is on the disk when it takes its place: see `write_whole`.
 
         Raises:
             InputError: It cannot be written, as when the disk is full; the old one stays.
         """
         path, content = Path(path), io.BytesIO()
         torch.save(checkpoint, content)
-        part = path.with_name(path.name + PART)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+
+        def save(part: Path) -> None:
             with part.open("wb") as file:
                 file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())  # or, after a power cut, the name could lead to nothing
-            part.replace(path)
+
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, save)
         except OSError as error:
-            part.unlink(missing_ok=True)
             kept = "the one before it is kept" if path.exists() else "there is none before it"
             raise InputError(
                 f"cannot write the checkpoint {path}: {error.strerror}; {kept}. Make room, then go "
@@ -80,10 +81,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def write_whole(path: Path, save: Callable[[Path], Any]) -> None:
-    """Writes a file that has its name only once it is complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Writes a file beside the one of that name, and puts it in its place once it is whole."""
+    part = path.with_name(path.name + PART)
     try:
-        save(temporary)
-        temporary.replace(path)
+        save(part)
+        part.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)

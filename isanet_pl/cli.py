@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, ModelSummary
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelSummary
 from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -15,10 +15,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from isanet_pl.agreement import check_classes
 from isanet_pl.averaging import ExponentialAverage
-from isanet_pl.callbacks import Progress, ResultTable
 from isanet_pl.checkpoint_io import AtomicCheckpointIO
 from isanet_pl.checkpoints import check_file, is_onnx, with_config_of_checkpoint
-from isanet_pl.dashboards import ClassScores, PredictionPanels
+from isanet_pl.dashboards import ClassScores
 from isanet_pl.data import SegmentationDataModule
 from isanet_pl.data.files import IGNORE
 from isanet_pl.errors import InputError, find_input_error
@@ -27,40 +26,26 @@ from isanet_pl.export import SegmentationTrainer
 from isanet_pl.exported import OnnxNetwork
 from isanet_pl.messages import configure_messages
 from isanet_pl.module import SegmentationModule
+from isanet_pl.options import (
+    add_callback_options,
+    add_run_options,
+    check_checkpoint_options,
+    link_data,
+)
 from isanet_pl.predictions import PredictionWriter
-from isanet_pl.progress_bar import ProgressBar
+from isanet_pl.progress import ProgressBar
 from isanet_pl.ranks import RankWatch
-from isanet_pl.resume import LastCheckpoint, continue_metrics, find_run
+from isanet_pl.results import ResultTable
+from isanet_pl.resume import continue_metrics, find_run
 from isanet_pl.run_config import RunConfig
+from isanet_pl.run_folder import new_run_folder
 from isanet_pl.summary import NetworkSummary
-from isanet_pl.wandb_run import Mode, WandbRun, resolve_mode, wandb_logger
+from isanet_pl.wandb_run import resolve_mode, wandb_logger
 
 log = logging.getLogger(__name__)
 
 TRAINED = ("validate", "test", "predict", "export")
 """Commands that need trained weights."""
-
-
-def new_run_folder(runs_dir: str, name: str) -> Path:
-    """Creates and returns runs_dir/name/version_N with the first free N.
-
-    Raises:
-        InputError: The folder cannot be written.
-    """
-    parent = Path(runs_dir) / name
-    version = 0
-    while True:
-        folder = parent / f"version_{version}"
-        try:
-            # Creating it claims it: two runs that start together cannot get the same one.
-            folder.mkdir(parents=True, exist_ok=False)
-            return folder
-        except FileExistsError:
-            version += 1
-        except OSError as error:
-            raise InputError(
-                f"cannot write the run folder {folder}: {error.strerror}; choose another --runs_dir"
-            ) from error
 
 
 class SegmentationCLI(LightningCLI):
@@ -71,72 +56,9 @@ class SegmentationCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options of a run, and what flows from the data to the network."""
-        parser.add_argument(
-            "--name",
-            type=str | None,
-            help="Name of the run, a folder in runs_dir; null: the config file's name.",
-        )
-        parser.add_argument(
-            "--runs_dir",
-            type=str,
-            default="runs",
-            help="Where runs are written. A --trainer.logger of your own logs besides; where that "
-            "is false, there are neither logs nor a run folder, and checkpoints go to checkpoints/ "
-            "in --trainer.default_root_dir.",
-        )
-        parser.add_argument(
-            "--wandb",
-            type=Mode,
-            default="off",
-            help="Log to Weights & Biases as well: offline needs no account (`wandb sync` uploads "
-            "later), online needs an API key, auto is online where there is a key and else "
-            "offline.",
-        )
-        parser.add_argument(
-            "--resume",
-            type=bool,
-            default=False,
-            help="Continue the last run of this name where it was stopped, in its folder; without "
-            "one, start a run. For fit.",
-        )
-        parser.add_argument(
-            "--ema_decay",
-            type=float | None,
-            help="Average the weights over the steps, keeping this share of the average at each, "
-            "such as 0.999; validation and checkpoints then use the average. For fit.",
-        )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.monitor": "val/miou",
-                "checkpoint.mode": "max",
-                "checkpoint.filename": "best",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.enable_version_counter": False,
-                # Before last.ckpt is written, which remembers the best score.
-                "checkpoint.save_on_train_epoch_end": False,
-            }
-        )
-        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
-        parser.add_lightning_class_args(Progress, "progress")
-        parser.add_lightning_class_args(PredictionPanels, "panels")
-        parser.add_lightning_class_args(WandbRun, "wandb_run")
-        parser.add_lightning_class_args(PredictionWriter, "predictions")
-        parser.add_argument(
-            "--output",
-            type=str | None,
-            help="Folder that predict writes to; null: predictions in the run folder.",
-        )
-        parser.link_arguments("output", "predictions.output")
-        parser.link_arguments("output", "data.init_args.predict_output")
-        # A user never types a class count: what the data is, the network learns from the data.
-        parser.link_arguments(
-            "data.num_classes", "model.network.num_classes", apply_on="instantiate"
-        )
-        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
-        parser.link_arguments("data.palette", "model.palette", apply_on="instantiate")
-        for name in ("base_size", "mirrored_classes"):
-            parser.link_arguments(f"data.{name}", f"model.inference.{name}", apply_on="instantiate")
+        add_run_options(parser)
+        add_callback_options(parser)
+        link_data(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses the arguments; a checkpoint without a config is its own config.
@@ -241,7 +163,7 @@ class SegmentationCLI(LightningCLI):
                     f"trainer.{name} must be above 0; --trainer.limit_val_batches 0 leaves "
                     "validation out"
                 )
-        _check_checkpoint_options(config)
+        check_checkpoint_options(config)
         if config.trainer.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
             raise InputError(
                 f"--trainer.accelerator {config.trainer.accelerator}: PyTorch {torch.__version__} "
@@ -352,42 +274,6 @@ def _with_displays(trainer: Any) -> list[Callback]:
         if trainer[option] is not False and not among_them:
             callbacks = [*callbacks, own()]
     return callbacks
-
-
-def _check_checkpoint_options(config: Any) -> None:
-    """Returns nothing if the best checkpoint will be the best, and each has a name of its own.
-
-    Raises:
-        InputError: It would be the worst, or others would take its place.
-    """
-    checkpoint = config.checkpoint
-    if config.trainer.enable_checkpointing is False:
-        raise InputError(
-            "--trainer.enable_checkpointing false: a run always keeps last.ckpt, to be resumed "
-            "from; --checkpoint.save_top_k 0 leaves out the best ones"
-        )
-    if str(checkpoint.monitor).endswith("loss") and checkpoint.mode == "max":
-        raise InputError(
-            f"--checkpoint.monitor {checkpoint.monitor} would keep the highest loss: add "
-            "--checkpoint.mode min"
-        )
-    if checkpoint.save_weights_only and config.ema_decay is not None:
-        raise InputError(
-            "--checkpoint.save_weights_only true leaves out the average of --ema_decay, which was "
-            "measured: give one of them"
-        )
-    kept, name = checkpoint.save_top_k, checkpoint.filename
-    numbered = checkpoint.enable_version_counter or name is None or "{" in name
-    if checkpoint.save_on_exception and not numbered:
-        raise InputError(
-            f"--checkpoint.save_on_exception true would write over {name}.ckpt, the best one; "
-            "last.ckpt is kept anyway"
-        )
-    if kept not in (0, 1) and not numbered:
-        raise InputError(
-            f"--checkpoint.save_top_k {kept} needs a name for each checkpoint, not {name} for all: "
-            f"add --checkpoint.filename '{name}-{{step}}'"
-        )
 
 
 def main(args: ArgsType = None, run: bool = True) -> SegmentationCLI:

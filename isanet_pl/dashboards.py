@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from isanet_pl.callbacks import run_folder
 from isanet_pl.data.files import IGNORE
 from isanet_pl.pictures import draw_class_scores, draw_confusion, draw_panels, render
+from isanet_pl.run_folder import run_folder
 
 
 def log_figure(trainer: pl.Trainer, figure: Figure, key: str, file: str, step: int) -> None:

@@ -22,9 +22,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from isanet_pl.callbacks import run_folder
 from isanet_pl.checkpoint_io import PART, read_checkpoint
 from isanet_pl.errors import InputError
+from isanet_pl.run_folder import run_folder
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,11 @@ import yaml
 from lightning.pytorch.callbacks import ProgressBar
 from PIL import Image
 
-from isanet_pl.cli import main, new_run_folder
+from isanet_pl.cli import main
 from isanet_pl.errors import InputError
 from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
+from isanet_pl.run_folder import new_run_folder
 
 TINY = """
 model:

@@ -23,11 +23,12 @@ from lightning.pytorch.loggers import CSVLogger
 from test_module import make_module
 
 from isanet_pl.averaging import ExponentialAverage
-from isanet_pl.callbacks import Progress, ResultTable
 from isanet_pl.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from isanet_pl.cli import main
 from isanet_pl.models import ISANet
 from isanet_pl.module import SegmentationModule
+from isanet_pl.progress import Progress
+from isanet_pl.results import ResultTable
 from isanet_pl.resume import (
     LastCheckpoint,
     continue_metrics,

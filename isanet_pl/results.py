@@ -1,4 +1,4 @@
-"""What a run says of itself: progress, the table at the end, `results.json`."""
+"""What a run leaves at its end: the table of its scores and `results.json`."""
 
 import json
 import math
@@ -17,22 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from isanet_pl.checkpoint_io import write_whole
-from isanet_pl.errors import InputError
-from isanet_pl.hardware import describe_machine, peak_memory
+from isanet_pl.hardware import describe_machine
 from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
+from isanet_pl.run_folder import run_folder
 
 RESULTS = "results.json"
 """What a run that has ended leaves in its folder."""
-
-
-def run_folder(trainer: pl.Trainer) -> Path | None:
-    """Returns the folder of the run, on the first process; None if nothing is logged.
-
-    `trainer.log_dir` would wait for the other processes, which do not ask for it.
-    """
-    folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
-    return next((Path(folder) for folder in folders if folder), None)
 
 
 def code_version() -> str | None:
@@ -55,92 +46,6 @@ def code_version() -> str | None:
         except (OSError, subprocess.CalledProcessError):
             return None
     return answer.strip()
-
-
-class Progress(pl.Callback):
-    """Logs learning rates, images/s and memory to the progress bar and the logger.
-
-    Where there is no terminal to draw a bar on, it prints a line now and then instead.
-
-    Args:
-        every_n_steps: Optimiser steps between two measurements and lines.
-
-    Raises:
-        InputError: `every_n_steps` is below 1.
-    """
-
-    def __init__(self, every_n_steps: int = 10) -> None:
-        if every_n_steps < 1:
-            raise InputError(f"progress.every_n_steps must be 1 or more: {every_n_steps}")
-        self.every_n_steps = every_n_steps
-        self.images = 0
-        self.since: float | None = None
-        self.first_step = 0
-        self.step = 0  # optimiser steps at the end of the last batch
-        self.start = 0.0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes where the run starts."""
-        self.start = time.monotonic()
-        self.first_step = self.step = trainer.global_step
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Starts the clock, first and after each validation with all that it draws and saves."""
-        if self.since is None:
-            self.since = time.monotonic()
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Counts images; reports when it is time to."""
-        self.images += len(batch["image"]) * trainer.world_size
-        # An epoch's last batch ends a step even if it is not the last of its group.
-        stepped, self.step = trainer.global_step != self.step, trainer.global_step
-        if not stepped or trainer.global_step % self.every_n_steps:
-            return
-        assert self.since is not None
-        speed = self.images / (time.monotonic() - self.since)
-        rates = {
-            f"lr/{group.get('name', i)}": float(group["lr"])
-            for i, group in enumerate(trainer.optimizers[0].param_groups)
-        }
-        pl_module.log_dict(rates, prog_bar=True)
-        pl_module.log("images_per_s", speed, prog_bar=True)
-        pl_module.log_dict(peak_memory(pl_module.device))
-        self._print(trainer, rates, speed)
-        self.images, self.since = 0, time.monotonic()
-
-    @rank_zero_only
-    def _print(self, trainer: pl.Trainer, rates: Mapping[str, float], speed: float) -> None:
-        if sys.stdout.isatty() or trainer.progress_bar_callback is None:
-            return
-        step, total = trainer.global_step, trainer.estimated_stepping_batches
-        per_step = (time.monotonic() - self.start) / max(1, step - self.first_step)
-        loss = float(trainer.callback_metrics.get("train/loss", math.nan))
-        print(
-            f"step {step}/{total}  loss {loss:.3f}  "
-            + "  ".join(f"{name} {rate:.1e}" for name, rate in rates.items())
-            + f"  {speed:.1f} images/s  {per_step * (total - step) / 60:.1f} min left",
-            flush=True,
-        )
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the score of this validation; stops the clock."""
-        self.since, self.images = None, 0
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._print_score(trainer)
-
-    @rank_zero_only
-    def _print_score(self, trainer: pl.Trainer) -> None:
-        score = float(trainer.callback_metrics.get("val/miou", math.nan))
-        print(f"step {trainer.global_step}: val/miou {score:.4f}", flush=True)
 
 
 class ResultTable(pl.Callback):

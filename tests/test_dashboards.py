@@ -1,9 +1,6 @@
-"""What runs say and show: speed, code version, scores of the classes, the same images each time."""
+"""Pictures of a run: scores of the classes, the same images each time."""
 
 import csv
-import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -14,124 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from test_module import NAMES, make_loader, make_module
 
-from isanet_pl import callbacks
-from isanet_pl.callbacks import Progress, code_version
 from isanet_pl.dashboards import ClassScores, PredictionPanels
-from isanet_pl.progress_bar import last_epoch
-
-GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-
-
-def git(folder, *args):
-    done = subprocess.run([*GIT, *args], cwd=folder, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-# The code's version
-
-
-@pytest.fixture
-def clone(tmp_path, monkeypatch):
-    """A repository with this project's module in it, taken for the place it runs from."""
-    path = tmp_path / "clone" / "callbacks.py"
-    path.parent.mkdir()
-    shutil.copy(callbacks.__file__, path)
-    git(path.parent, "init", "--quiet")
-    git(path.parent, "add", ".")
-    git(path.parent, "commit", "--quiet", "--message", "first")
-    monkeypatch.setattr(callbacks, "__file__", str(path))
-    return path
-
-
-def test_code_version_is_the_commit_and_says_when_files_differ_from_it(clone):
-    commit = git(clone.parent, "rev-parse", "HEAD")
-    git(clone.parent, "tag", "--annotate", "v1", "--message", "a tag is no commit")
-    assert code_version() == commit
-    (clone.parent / "notes.txt").write_text("a file that git does not know")
-    assert code_version() == commit
-    clone.write_text("changed")
-    assert code_version() == f"{commit}-dirty"
-
-
-def test_code_version_is_not_that_of_a_repository_around_an_installed_copy(clone, monkeypatch):
-    copy = clone.parent / "site-packages" / "callbacks.py"
-    copy.parent.mkdir()
-    shutil.copy(clone, copy)
-    monkeypatch.setattr(callbacks, "__file__", str(copy))
-    assert code_version() is None
-
-
-def test_code_version_is_none_without_git(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert code_version() is None
-
-
-# Speed and memory
-
-
-def test_images_per_second_leave_out_validation_and_what_it_draws_and_saves(monkeypatch):
-    now, logged = [0.0], []
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # no lines
-    trainer = SimpleNamespace(
-        global_step=0,
-        world_size=2,
-        optimizers=[SimpleNamespace(param_groups=[{"name": "new", "lr": 0.1}])],
-        state=SimpleNamespace(fn="validate"),
-    )
-    module = SimpleNamespace(
-        log=lambda name, value, **_: logged.append((name, value)),
-        log_dict=lambda *_, **__: None,
-        device=torch.device("cpu"),
-    )
-    progress = Progress(every_n_steps=2)
-    progress.on_train_start(trainer, module)
-    for step in range(1, 5):
-        progress.on_train_batch_start(trainer, module, None, step - 1)
-        now[0] += 2
-        trainer.global_step = step
-        batch = {"image": torch.zeros(3, 1)}
-        progress.on_train_batch_end(trainer, module, None, batch, step - 1)
-        if step == 2:
-            progress.on_validation_end(trainer, module)
-            now[0] += 100  # another callback draws, a checkpoint is saved
-    # 2 steps of 3 images on each of 2 processes, in 4 seconds
-    assert logged == [("images_per_s", 3.0), ("images_per_s", 3.0)]
-
-
-@pytest.mark.parametrize(
-    ("options", "batches", "last"),
-    [
-        ({"max_steps": 10}, 4, 2),  # 4 + 4 + 2
-        ({"max_steps": 8}, 4, 1),
-        ({"max_steps": 3}, 4, 0),
-        ({"max_steps": 5, "accumulate_grad_batches": 3}, 4, 2),  # 2 steps an epoch
-        ({"max_epochs": 3}, 4, 2),
-        ({"max_epochs": 2, "max_steps": 100}, 4, 1),
-        ({"max_epochs": -1}, 4, None),
-        ({"max_epochs": 1}, 0, 0),
-    ],
-)
-def test_the_bar_knows_the_last_epoch(options, batches, last):
-    trainer = pl.Trainer(**options, logger=False, barebones=True)
-    trainer.fit_loop.max_batches = batches
-    assert last_epoch(trainer) == last
-
-
-def test_progress_is_told_at_steps_that_end_an_epoch_with_fewer_batches(monkeypatch):
-    # 3 batches, two a step: the second one ends steps 1, 3, ..., the third one steps 2, 4, ...
-    steps = []
-
-    def tell(self, trainer, rates, speed):
-        steps.append(trainer.global_step)
-
-    monkeypatch.setattr(Progress, "_print", tell)
-    options = {"limit_train_batches": 3, "accumulate_grad_batches": 2, "val_check_interval": 3}
-    fit(False, Progress(every_n_steps=2), steps=5, **options)
-    assert steps == [2, 4]
-
-
-# Scores of the classes, and panels
 
 
 class Predicts(pl.Callback):

@@ -1,0 +1,38 @@
+"""The folder of a run: claiming a new one, and finding that of a trainer."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from isanet_pl.errors import InputError
+
+
+def new_run_folder(runs_dir: str, name: str) -> Path:
+    """Creates and returns runs_dir/name/version_N with the first free N.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    parent = Path(runs_dir) / name
+    version = 0
+    while True:
+        folder = parent / f"version_{version}"
+        try:
+            # Creating it claims it: two runs that start together cannot get the same one.
+            folder.mkdir(parents=True, exist_ok=False)
+            return folder
+        except FileExistsError:
+            version += 1
+        except OSError as error:
+            raise InputError(
+                f"cannot write the run folder {folder}: {error.strerror}; choose another --runs_dir"
+            ) from error
+
+
+def run_folder(trainer: pl.Trainer) -> Path | None:
+    """Returns the folder of the run, on the first process; None if nothing is logged.
+
+    `trainer.log_dir` would wait for the other processes, which do not ask for it.
+    """
+    folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
+    return next((Path(folder) for folder in folders if folder), None)

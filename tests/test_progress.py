@@ -1,0 +1,74 @@
+"""What a run shows of its speed, and of how far it is."""
+
+import sys
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from test_dashboards import fit
+
+from isanet_pl import progress
+from isanet_pl.progress import Progress, last_epoch
+
+
+def test_images_per_second_leave_out_validation_and_what_it_draws_and_saves(monkeypatch):
+    now, logged = [0.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # no lines
+    trainer = SimpleNamespace(
+        global_step=0,
+        world_size=2,
+        optimizers=[SimpleNamespace(param_groups=[{"name": "new", "lr": 0.1}])],
+        state=SimpleNamespace(fn="validate"),
+    )
+    module = SimpleNamespace(
+        log=lambda name, value, **_: logged.append((name, value)),
+        log_dict=lambda *_, **__: None,
+        device=torch.device("cpu"),
+    )
+    shown = Progress(every_n_steps=2)
+    shown.on_train_start(trainer, module)
+    for step in range(1, 5):
+        shown.on_train_batch_start(trainer, module, None, step - 1)
+        now[0] += 2
+        trainer.global_step = step
+        batch = {"image": torch.zeros(3, 1)}
+        shown.on_train_batch_end(trainer, module, None, batch, step - 1)
+        if step == 2:
+            shown.on_validation_end(trainer, module)
+            now[0] += 100  # another callback draws, a checkpoint is saved
+    # 2 steps of 3 images on each of 2 processes, in 4 seconds
+    assert logged == [("images_per_s", 3.0), ("images_per_s", 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("options", "batches", "last"),
+    [
+        ({"max_steps": 10}, 4, 2),  # 4 + 4 + 2
+        ({"max_steps": 8}, 4, 1),
+        ({"max_steps": 3}, 4, 0),
+        ({"max_steps": 5, "accumulate_grad_batches": 3}, 4, 2),  # 2 steps an epoch
+        ({"max_epochs": 3}, 4, 2),
+        ({"max_epochs": 2, "max_steps": 100}, 4, 1),
+        ({"max_epochs": -1}, 4, None),
+        ({"max_epochs": 1}, 0, 0),
+    ],
+)
+def test_the_bar_knows_the_last_epoch(options, batches, last):
+    trainer = pl.Trainer(**options, logger=False, barebones=True)
+    trainer.fit_loop.max_batches = batches
+    assert last_epoch(trainer) == last
+
+
+def test_progress_is_told_at_steps_that_end_an_epoch_with_fewer_batches(monkeypatch):
+    # 3 batches, two a step: the second one ends steps 1, 3, ..., the third one steps 2, 4, ...
+    steps = []
+
+    def tell(self, trainer, rates, speed):
+        steps.append(trainer.global_step)
+
+    monkeypatch.setattr(Progress, "_print", tell)
+    options = {"limit_train_batches": 3, "accumulate_grad_batches": 2, "val_check_interval": 3}
+    fit(False, Progress(every_n_steps=2), steps=5, **options)
+    assert steps == [2, 4]
