@@ -77,6 +77,17 @@ def test_list_files_goes_into_folders_only_when_told(tmp_path):
     assert list_files(tmp_path, IMAGE_SUFFIXES, recursive=True) == files
 
 
+def test_list_files_follows_links_to_folders_but_not_in_circles(tmp_path):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    touch(folder / "a.png", elsewhere / "b.png")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "again").symlink_to(elsewhere)  # another name is another file
+    (elsewhere / "up").symlink_to(folder)
+    (folder / "self").symlink_to(".")
+    files = [folder / "a.png", folder / "again" / "b.png", folder / "linked" / "b.png"]
+    assert list_files(folder, IMAGE_SUFFIXES, recursive=True) == files
+
+
 def test_a_folder_below_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     closed = tmp_path / "closed"
     touch(tmp_path / "a.png", closed / "b.png")

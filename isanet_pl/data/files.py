@@ -57,7 +57,7 @@ def list_files(folder: Path, suffixes: frozenset[str], recursive: bool = False) 
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yields the files in a folder and in those below it, links to folders left alone.
+    """Yields the files in a folder and in those below it, also in those that links lead to.
 
     Raises:
         OSError: A folder cannot be read; Path.rglob would pass over it.
@@ -66,8 +66,16 @@ def files_below(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
-    for where, _, names in os.walk(folder, onerror=refuse):
+    above = {str(folder): [folder.resolve()]}  # by folder that is yet to come
+    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         yield from (Path(where, name) for name in names)
+        passed = above.pop(where)
+        for path in [Path(where, name) for name in folders]:
+            real = path.resolve()
+            if real in passed:  # a link back up, which would go round for ever
+                folders.remove(path.name)
+            else:
+                above[str(path)] = [*passed, real]
 
 
 def pair_by_stem(image_dir: Path, mask_dir: Path) -> list[Pair]:
