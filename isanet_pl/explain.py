@@ -22,6 +22,9 @@ OUT_OF_MEMORY = (
 )
 """What PyTorch says, of CPUs and GPUs, when memory does not suffice."""
 
+SLIDING = "--model.inference.mode slide --model.inference.crop_size '[512, 512]'"
+"""What takes less memory in evaluation."""
+
 
 def explain(error: Exception) -> InputError | None:
     """Returns what to tell the user instead of an error; None if it may be a bug."""
@@ -107,10 +110,7 @@ def _less_for_export(config: Any) -> list[str]:
 def _less_for_inference(command: str, config: Any) -> list[str]:
     data, options = config.data.init_args, []
     if config.model.inference.mode == "whole":
-        options.append(
-            "--model.inference.mode slide --model.inference.crop_size '[512, 512]' (evaluation "
-            "now sees whole images)"
-        )
+        options.append(f"{SLIDING} (evaluation now sees whole images)")
     if command != "predict" and data.eval_batch_size > 1:  # it takes them one by one
         options.append(f"--data.eval_batch_size 1 (now {data.eval_batch_size})")
     options.append("--data.num_workers 1 (each loader process takes memory too)")

@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 
 from isanet_pl.agreement import check_agreement
 from isanet_pl.errors import InputError
+from isanet_pl.explain import SLIDING, out_of_memory
 from isanet_pl.finite import all_finite, first_not_finite
 from isanet_pl.inference import Inference
 from isanet_pl.losses import SegmentationLoss
@@ -225,15 +226,23 @@ class SegmentationModule(pl.LightningModule):
         """Returns the class map (N, H, W) of a batch and adds it to the metric."""
         return self._evaluate(batch, "test")
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
         """Returns `classes` (N, H, W) of a batch, and, if they are wanted, `probabilities`.
 
         The probabilities, (N, K, H, W) float16, are wanted where `predict_probabilities` is set. A
-        batch without images, whose file could not be read, gives nothing.
+        batch without images, whose file could not be read, gives nothing, and one that the memory
+        does not suffice for gives `error`, a list of messages.
         """
         if "image" not in batch:
             return {}
-        scores = self._infer(batch["image"])["out"]
+        try:
+            scores = self._infer(batch["image"])["out"]
+        except (RuntimeError, MemoryError) as error:
+            if out_of_memory(error) is None:
+                raise
+            h, w = batch["image"].shape[2:]
+            fix = f"; try {SLIDING}" if self.inference.mode == "whole" else ""
+            return {"error": [f"{', '.join(batch['name'])}: out of memory at {w}x{h}{fix}"]}
         result = {"classes": scores.argmax(dim=1)}
         if self.predict_probabilities:
             result["probabilities"] = scores.float().softmax(dim=1).half()

@@ -116,7 +116,7 @@ class PredictionWriter(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Writes the batch."""
-        self.errors += batch.get("error", [])
+        self.errors += [*batch.get("error", []), *outputs.get("error", [])]
         for i, classes in enumerate(outputs.get("classes", ())):
             name = batch["name"][i]
             colours = overlay(batch["image"][i], classes, pl_module.palette)  # type: ignore[arg-type]
@@ -181,8 +181,9 @@ class PredictionWriter(pl.Callback):
         trainer.strategy.barrier()
         if errors:
             more = f"\n  and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
+            count = "1 image" if len(errors) == 1 else f"{len(errors)} images"
             raise InputError(
-                f"{len(errors)} images could not be segmented, the others are in {self.folder}:\n  "
+                f"{count} could not be segmented, all others are in {self.folder}:\n  "
                 + "\n  ".join(errors[:SHOWN])
                 + more
             )

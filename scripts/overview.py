@@ -16,7 +16,10 @@ VIEWS = {
     ((1.0,), False): "",
     ((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), True): " ms+flip",
 }
-"""Scales and mirroring of an evaluation, and what the field calls them; others have no column."""
+"""Scales and mirroring of an evaluation, and what the field calls them; others have no column.
+
+Scales are those of the training's own validations times these, where it has a single one.
+"""
 
 COLUMNS = ("val", "val ms+flip", "test", "test ms+flip")
 
@@ -70,19 +73,23 @@ def find_start(command: str) -> tuple[str | None, ...]:
     return tuple(options.get(name) for name in names)
 
 
-def find_column(split: str, config: Mapping[str, Any]) -> str | None:
+def find_column(split: str, config: Mapping[str, Any], trained: Mapping[str, Any]) -> str | None:
     """Returns the column that a score belongs to, None if it was measured in another way.
 
     Args:
         split: val or test.
-        config: By dotted key.
+        config: Of the evaluation, by dotted key.
+        trained: Of its training.
     """
     inference = {key: config.get(f"model.inference.{key}") for key in ("mode", "scales", "flip")}
     if config.get(f"trainer.limit_{split}_batches") not in (None, 1.0):
         return None
     if inference["mode"] != "whole":
         return None
-    views = VIEWS.get((tuple(map(float, inference["scales"])), inference["flip"]))
+    own = trained["model.inference.scales"]
+    unit = own[0] if len(own) == 1 else 1
+    scales = tuple(round(scale / unit, 6) for scale in inference["scales"])
+    views = VIEWS.get((scales, inference["flip"]))
     return None if views is None else split + views
 
 
@@ -116,7 +123,7 @@ def _add(training: Training, split: str, measured: Run) -> None:
     training.step = max(step, training.step)  # no validation need come after the last step
     if split == "val" and training.run.config.get("data.train_on_val"):
         return
-    column = find_column(split, measured.config)
+    column = find_column(split, measured.config, training.run.config)
     if column is not None:
         training.scores.setdefault(column, _miou(measured))
 

@@ -282,6 +282,38 @@ def test_broken_files_are_told_at_the_end_and_stop_nothing(checkpoint, photos, t
     assert "4 images done" in capsys.readouterr().out
 
 
+def test_an_image_too_large_for_the_memory_is_told_at_the_end(
+    checkpoint, photos, tmp_path, monkeypatch
+):
+    forward = ISANet.forward
+
+    def limited(network, x):
+        if x.shape[-2:] == (40, 32):  # of b.jpg, padded
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(network, x)
+
+    monkeypatch.setattr(ISANet, "forward", limited)
+    with pytest.raises(InputError) as caught:
+        predict(checkpoint, photos, tmp_path / "out")
+    line = "b: out of memory at 31x40; try --model.inference.mode slide"
+    assert "1 image could not be segmented" in str(caught.value)
+    assert line in str(caught.value)
+    assert files(tmp_path / "out" / "masks") == ["a.png", "c.png", "sub dir/ü.png"]
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["isanet-pl"])
+    predict(checkpoint, photos, tmp_path / "out")
+    assert len(files(tmp_path / "out" / "masks")) == 4
+
+
+def test_another_error_of_the_network_ends_predict(checkpoint, photos, tmp_path, monkeypatch):
+    def wrong(network, x):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(ISANet, "forward", wrong)
+    with pytest.raises(RuntimeError, match="a bug"):
+        predict(checkpoint, photos, tmp_path / "out")
+
+
 def test_the_limit_on_pixels_can_be_moved(checkpoint, photos, tmp_path):
     for name in ("a.png", "c.tif", "sub dir/ü.webp"):
         (photos / name).unlink()
@@ -328,7 +360,7 @@ def test_a_file_that_makes_pillow_raise_anything_is_told(checkpoint, photos, tmp
 
     read_image = dataset.read_image
     monkeypatch.setattr(dataset, "read_image", fail)
-    with pytest.raises(InputError, match=r"1 images could not .*[\s\S]*b\.jpg: RuntimeError"):
+    with pytest.raises(InputError, match=r"1 image could not .*[\s\S]*b\.jpg: RuntimeError"):
         predict(checkpoint, photos, tmp_path / "out")
     assert len(files(tmp_path / "out" / "masks")) == 3
 

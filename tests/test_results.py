@@ -215,6 +215,23 @@ def test_the_overview_sees_how_a_training_validates(place):
     assert (row["val"], row["val ms+flip"]) == ("-", "**90.00**")
 
 
+def test_the_overview_counts_scales_from_that_of_the_training(place):
+    trained = write_run(
+        place / "runs" / "isa" / "version_0", 0.5, options="--config a",
+        config={"model.inference.scales": [1.5]},
+    )  # fmt: skip
+    sizes = {"one": [1.5], "small": [1.0]}
+    for number, (name, scales) in enumerate(sizes.items()):
+        views = {"model.inference.scales": scales}
+        evaluate(place / "runs" / name / "version_0", 0.6 + 0.1 * number, trained, **views)
+    six = FIELD | {"model.inference.scales": [0.75, 1.125, 1.5, 1.875, 2.25, 2.625]}
+    evaluate(place / "runs" / "six" / "version_0", 0.8, trained, **six)
+    evaluate(place / "runs" / "field" / "version_0", 0.9, trained, **FIELD)
+    [row] = overview_of(place)
+    assert (row["val"], row["test"]) == ("**50.00**", "**60.00**")
+    assert (row["val ms+flip"], row["test ms+flip"]) == ("-", "**80.00**")
+
+
 def test_the_tables_of_this_project_are_those_of_its_records(tmp_path):
     shutil.copytree(ROOT / "docs" / "results", tmp_path / "results")
     shutil.copy(ROOT / "README.md", tmp_path)
