@@ -22,23 +22,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Writes a checkpoint that is on the disk when it takes its place: see `write_whole`.
+        """Writes a checkpoint; see `save_whole`.
 
         Raises:
             InputError: It cannot be written, as when the disk is full; the old one stays.
         """
-        path, content = Path(path), io.BytesIO()
-        torch.save(checkpoint, content)
-
-        def save(part: Path) -> None:
-            with part.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())  # or, after a power cut, the name could lead to nothing
-
+        path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, save)
+            save_whole(checkpoint, path)
         except OSError as error:
             kept = "the one before it is kept" if path.exists() else "there is none before it"
             raise InputError(
@@ -78,6 +70,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} is damaged, or holds more than data: nothing in it was executed; give another"
         ) from error
     return content
+
+
+def save_whole(content: Any, path: Path) -> None:
+    """Writes what `torch.save` would; it is on the disk when it takes its place.
+
+    Raises:
+        OSError: It cannot be written, as when the disk is full; a file that was there stays.
+    """
+    data = io.BytesIO()  # torch itself makes another error of a full disk
+    torch.save(content, data)
+
+    def save(part: Path) -> None:
+        with part.open("wb") as file:
+            file.write(data.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # or, after a power cut, the name could lead to nothing
+
+    write_whole(path, save)
 
 
 def write_whole(path: Path, save: Callable[[Path], Any]) -> None:

@@ -82,9 +82,11 @@ def config_of(path: str, command: str) -> dict[str, Any]:
         raise
     except Exception as error:
         raise InputError(f"{path} is not a checkpoint of isanet-pl: {error!r}") from error
-    if saved.get("size") and inference.get("mode") != "slide":
-        # A file for one size of images sees larger ones by windows.
-        inference |= {"mode": "slide", "crop_size": list(saved["size"]), "stride": None}
+    size, window = saved.get("size"), inference.get("crop_size")
+    fits = window and all(w <= s for w, s in zip(window, size or window, strict=True))
+    if size and (inference.get("mode") != "slide" or not fits):
+        # A file for one size of images sees larger ones by windows of that size.
+        inference |= {"mode": "slide", "crop_size": list(size), "stride": None}
     for key in LINKED_INFERENCE:
         value = inference.pop(key, None)
         if value:

@@ -96,7 +96,9 @@ def less_memory(command: str, config: Any) -> str:
     context = config.model.network.context
     if context in ("dense", "rcca"):
         options.append(f"--model.network.context isa (now {context}; train anew)")
-    return "try one or more of\n  " + "\n  ".join(options)
+    if not options:
+        return "it takes a machine with more memory, or a smaller network"
+    return "\n  ".join(["try one or more of", *options])
 
 
 def _less_for_export(config: Any) -> list[str]:
@@ -113,7 +115,11 @@ def _less_for_inference(command: str, config: Any) -> list[str]:
         options.append(f"{SLIDING} (evaluation now sees whole images)")
     if command != "predict" and data.eval_batch_size > 1:  # it takes them one by one
         options.append(f"--data.eval_batch_size 1 (now {data.eval_batch_size})")
-    options.append("--data.num_workers 1 (each loader process takes memory too)")
+    workers = data.num_workers
+    if workers != 0:
+        now = "one for each core" if workers is None else workers
+        fewer = 0 if workers == 1 else 1
+        options.append(f"--data.num_workers {fewer} (now {now}; each takes memory)")
     return options
 
 

@@ -90,7 +90,8 @@ class OnnxNetwork(nn.Module):
         if h > height or w > width:
             raise InputError(
                 f"the file takes images of {width}x{height} (width x height), not of {w}x{h}: set "
-                f"--model.inference.mode slide --model.inference.crop_size '[{height}, {width}]'"
+                f"--model.inference.mode slide --model.inference.crop_size '[{height}, {width}]' "
+                "--model.inference.stride null"
             )
         x = F.pad(x, (0, width - w, 0, height - h)).cpu()
         if self.inside:

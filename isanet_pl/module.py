@@ -236,13 +236,16 @@ class SegmentationModule(pl.LightningModule):
         if "image" not in batch:
             return {}
         try:
-            scores = self._infer(batch["image"])["out"]
+            return self._predict(batch["image"])
         except (RuntimeError, MemoryError) as error:
             if out_of_memory(error) is None:
                 raise
             h, w = batch["image"].shape[2:]
             fix = f"; try {SLIDING}" if self.inference.mode == "whole" else ""
             return {"error": [f"{', '.join(batch['name'])}: out of memory at {w}x{h}{fix}"]}
+
+    def _predict(self, image: Tensor) -> dict[str, Tensor]:
+        scores = self._infer(image)["out"]
         result = {"classes": scores.argmax(dim=1)}
         if self.predict_probabilities:
             result["probabilities"] = scores.float().softmax(dim=1).half()

@@ -60,7 +60,8 @@ class PredictionWriter(pl.Callback):
         """Claims the folder before `predict`.
 
         Raises:
-            InputError: It holds another model's predictions, or cannot be written.
+            InputError: It holds another model's predictions, or those of other images, or cannot be
+                written.
         """
         if stage != "predict":
             return
@@ -77,12 +78,16 @@ class PredictionWriter(pl.Callback):
         if not trainer.is_global_zero:
             return
         path = self.folder / "model.json"
-        model = self._describe(pl_module)
+        model = self._describe(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        before = None
         try:
-            if path.is_file() and json.loads(path.read_text("utf-8")) != model:
+            if path.is_file():
+                before = json.loads(path.read_text("utf-8"))
+            # Without that file, nothing tells whose the masks are.
+            if before != model and (before or (self.folder / "masks").exists()):
                 raise InputError(
-                    f"{path.parent} holds predictions of another checkpoint or other settings (see "
-                    f"{path.name}): choose another --output, or remove it"
+                    f"{path.parent} holds predictions of another checkpoint, other images or other "
+                    f"settings (see {path.name}): choose another --output, or remove the folder"
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(
@@ -93,10 +98,11 @@ class PredictionWriter(pl.Callback):
                 f"cannot write to {path.parent}: {error.strerror}; choose another --output"
             ) from error
 
-    def _describe(self, pl_module: Any) -> dict[str, Any]:
+    def _describe(self, pl_module: Any, data: Any) -> dict[str, Any]:
         description = {
             "checkpoint": str(self.checkpoint.resolve()) if self.checkpoint else None,
             "written": self.checkpoint.stat().st_mtime if self.checkpoint else None,
+            "images": str(Path(data.predict_dir).resolve()),
             "class_names": pl_module.class_names,
             "inference": dataclasses.asdict(pl_module.inference),
             "probabilities": self.probabilities,

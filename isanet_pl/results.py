@@ -84,8 +84,10 @@ class ResultTable(pl.Callback):
         """Counts the time of before, if the run goes on in its own folder."""
         folder = run_folder(trainer)
         if folder is not None and trainer.ckpt_path is not None:
-            own = Path(trainer.ckpt_path).resolve().is_relative_to(folder.resolve())
-            self.start -= self.earlier if own else 0
+            if Path(trainer.ckpt_path).resolve().is_relative_to(folder.resolve()):
+                self.start -= self.earlier
+            else:
+                self.image_size = None  # the data may be others
 
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -98,6 +100,13 @@ class ResultTable(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Notes the code that runs; it may be changed before the run ends."""
         self.code = code_version()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forgets the size of the images that the checkpoint was validated on."""
+        if trainer.state.fn != "fit":
+            self.image_size = None
+
+    on_test_start = on_validation_start
 
     def on_validation_batch_start(
         self,

@@ -25,7 +25,8 @@ INDIFFERENT = frozenset(
     {
         *("name", "runs_dir", "output", "resume", "ckpt_path", "wandb", "wandb_run"),
         *("progress", "panels", "predictions", "last_checkpoint"),
-        *("data.init_args.num_workers", "data.init_args.cache", "trainer.enable_progress_bar"),
+        *("data.init_args.num_workers", "data.init_args.cache", "data.init_args.eval_batch_size"),
+        *("trainer.enable_progress_bar", "trainer.enable_model_summary"),
     }
 )
 """Options that do not change what a run finds, or whole groups of them."""

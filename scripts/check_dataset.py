@@ -72,12 +72,22 @@ def parse(args: Sequence[str] | None) -> Namespace:
 
 
 def _keys_of_configs(args: Sequence[str] | None) -> set[str]:
-    """Returns the keys of all config files on the command line: what a run is made of."""
+    """Returns the keys of all config files on the command line: what a run is made of.
+
+    Raises:
+        InputError: One is no YAML.
+    """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", action="append", default=[])
     paths = [Path(name) for name in finder.parse_known_args(args)[0].config]
-    contents = [yaml.safe_load(path.read_text("utf-8")) for path in paths if path.is_file()]
-    return {str(key) for content in contents if isinstance(content, dict) for key in content}
+    keys: set[str] = set()
+    for path in paths:
+        try:
+            content = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is no YAML file: {error}") from error
+        keys |= set(map(str, content)) if isinstance(content, dict) else set()
+    return keys
 
 
 def build_data(options: Namespace) -> SegmentationDataModule:

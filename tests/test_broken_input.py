@@ -754,7 +754,7 @@ def test_out_of_memory_in_evaluation_proposes_nothing_for_training(
 )
 def test_out_of_memory_proposes_what_the_command_has(command, proposed):
     config = Namespace(
-        data=Namespace(init_args=Namespace(eval_batch_size=4)),
+        data=Namespace(init_args=Namespace(eval_batch_size=4, num_workers=None)),
         model=Namespace(network=Namespace(context="isa"), inference=Namespace(mode="whole")),
         size=(512, 1024), images="photos", num_calibration=64,
     )  # fmt: skip
@@ -762,6 +762,16 @@ def test_out_of_memory_proposes_what_the_command_has(command, proposed):
     assert len(lines) == len(proposed)
     for line, words in zip(lines, proposed, strict=True):
         assert words in line
+
+
+def test_out_of_memory_proposes_no_loader_process_to_who_has_none():
+    config = Namespace(
+        data=Namespace(init_args=Namespace(eval_batch_size=1, num_workers=0)),
+        model=Namespace(network=Namespace(context="isa"), inference=Namespace(mode="slide")),
+    )
+    assert less_memory("predict", config) == (
+        "it takes a machine with more memory, or a smaller network"
+    )
 
 
 def test_another_runtime_error_keeps_its_stack_trace(place, monkeypatch):
@@ -792,7 +802,7 @@ class Killer(pl.Callback):
 def test_a_killed_loader_process_is_said_to_be_memory(place, capsys):
     options = ("--trainer.callbacks+", "test_broken_input.Killer", "--data.num_workers", 1)
     options += ("--trainer.max_steps", 50, "--trainer.val_check_interval", 50)
-    words = ("a loader process has died, most likely out of memory", "--data.num_workers 1")
+    words = ("a loader process has died, most likely out of memory", "num_workers 0 (now 1;")
     check_refused(capsys, place, nothing, options, words)
 
 

@@ -139,6 +139,16 @@ def test_the_costs_of_the_network_are_left_out_on_demand(tiny, tmp_path, capsys)
     assert "GMACs" not in capsys.readouterr().out
 
 
+def test_an_evaluation_tells_the_cost_of_its_own_images(trained, tmp_path):
+    for command in ("validate", "test"):
+        options = ("--ckpt_path", trained / "checkpoints" / "last.ckpt", "--data.cells", 3)
+        cli = run(command, trained / "config.yaml", tmp_path, *options)
+        found = json.loads((Path(cli.trainer.log_dir) / "results.json").read_text())
+        assert found["image_size"] == [240, 240]  # 160x160 in the training
+        whole = Inference().count_gmacs(cli.model.network, 240, 240)
+        assert found["gmacs"] == pytest.approx(whole, abs=1e-3)
+
+
 def test_validate_gives_the_score_of_the_fit(trained, tmp_path):
     checkpoint = trained / "checkpoints" / "last.ckpt"
     cli = run("validate", trained / "config.yaml", tmp_path, "--ckpt_path", checkpoint)

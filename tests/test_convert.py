@@ -385,6 +385,32 @@ def test_a_config_that_stretches_images_is_refused(tmp_path, ratio):
         read_empty(tmp_path, meta(mmseg_config(rest=pipeline)))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("contract_dilation=True", "multi_grid=(1, 2, 4)", "multi_grid (1, 2, 4)"),
+        ("dropout_ratio=0.1", "act_cfg=dict(type='LeakyReLU')", "type LeakyReLU; only ReLU"),
+        ("img_scale=(2049, 1025)", "img_scale=[(2048, 512), (1024, 256)]", "at several sizes"),
+    ],
+)
+def test_a_config_of_another_function_is_refused(tmp_path, old, new, words):
+    config = mmseg_config()
+    assert old in config
+    with fails_naming(words):
+        read_empty(tmp_path, meta(config.replace(old, new, 1)))
+
+
+def test_what_a_new_config_does_not_ask_for_is_not_done(mmseg_state, tmp_path):
+    config = mmseg_config(rest=PIPELINE_1).replace(
+        "type='EncoderDecoder',", "type='EncoderDecoder', data_preprocessor=dict(size=(512, 512)),"
+    )
+    network = read_mmseg(save(mmseg_file(mmseg_state, config), tmp_path / "raw.pth")).network
+    image = pixels((57, 49))
+    theirs = run_mmseg(mmseg_state, image.flip(1).double(), corners=False)  # BGR, 0..255
+    network = network.double()
+    assert_equal(outputs(network, network.normalise(image)), theirs, 1e-6)
+
+
 def test_padding_to_multiples_is_kept(tmp_path):
     preprocessor = "data_preprocessor=dict(bgr_to_rgb=True, test_cfg=dict(size_divisor=32)),"
     config = mmseg_config(rest=PIPELINE_1).replace(

@@ -12,6 +12,7 @@ from conftest import fails_naming, make_folder, make_scene
 from PIL import Image
 from test_predictions import NAMES, PALETTE, write_checkpoint
 
+from isanet_pl.checkpoints import config_of
 from isanet_pl.cli import main
 from isanet_pl.errors import InputError
 from isanet_pl.export import _read_images, size_multiples
@@ -151,12 +152,46 @@ def test_a_file_that_answers_otherwise_is_refused(checkpoint, tmp_path, monkeypa
     from isanet_pl import export as module
 
     right = module.onnx_runner
-    for factor in (1.001, 0.999):
+    for factor, said in ((1.001, "1.0e-03"), (0.999, "1.0e-03"), (float("nan"), "nan")):
         wrong = lambda path, factor=factor: lambda x: right(path)(x) * factor  # noqa: E731
         monkeypatch.setattr(module, "onnx_runner", wrong)
-        with pytest.raises(InputError, match=r"other results.*1\.0e-03"):
+        with pytest.raises(InputError, match=f"other results.*{said}"):
             export(checkpoint, tmp_path / "a.onnx", "--size", "[24, 40]")
         assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_does_not_run_is_refused(checkpoint, tmp_path, monkeypatch):
+    def run(x):
+        raise RuntimeError("Reshape node")
+
+    monkeypatch.setattr("isanet_pl.export.onnx_runner", lambda path: run)
+    with pytest.raises(InputError, match=r"a\.onnx does not run on \(2, 3, 24, 40\): Reshape"):
+        export(checkpoint, tmp_path / "a.onnx", "--size", "[24, 40]")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dynamic_file_of_one_window_takes_more(checkpoint, tmp_path):
+    export(checkpoint, tmp_path / "a.onnx", "--size", "[16, 48]", "--dynamic", "true")
+    for size in ((16, 16), (16, 64), (48, 32)):
+        image = images(*size)
+        assert close(run_onnx(tmp_path / "a.onnx", image), eager(checkpoint, image))
+
+
+def test_ceil_mode_is_exported_for_one_size(tmp_path):
+    path = write_checkpoint(tmp_path / "ceil.ckpt", ceil_mode=True)
+    with pytest.raises(InputError, match=r"--dynamic true cannot .* ceil_mode"):
+        export(path, tmp_path / "a.onnx", "--size", "[32, 48]", "--dynamic", "true")
+    export(path, tmp_path / "a.onnx", "--size", "[32, 48]")
+    export(path, tmp_path / "a.pt2", "--size", "[32, 48]", "--dynamic", "true")
+
+
+def test_a_file_smaller_than_the_windows_of_its_checkpoint_has_its_own(tmp_path):
+    windows = {"mode": "slide", "crop_size": (65, 65), "stride": (33, 33)}
+    path = write_checkpoint(tmp_path / "slide.ckpt", inference=windows)
+    for size, window, stride in (((32, 128), [32, 128], None), ((80, 80), [65, 65], [33, 33])):
+        export(path, tmp_path / "a.onnx", "--size", list(size))
+        saved = config_of(tmp_path / "a.onnx", "predict")["model"]["inference"]
+        assert (saved["crop_size"], saved["stride"]) == (window, stride)
 
 
 def test_a_place_that_cannot_be_written_is_named(checkpoint, tmp_path):
@@ -293,7 +328,7 @@ def test_images_that_do_not_fit_are_padded_and_cropped(fixed, dynamic):
 
 
 def test_an_image_larger_than_the_file_takes_is_refused(fixed):
-    with pytest.raises(InputError, match=r"takes images of 40x24 .*crop_size '\[24, 40\]'"):
+    with pytest.raises(InputError, match=r"takes images of 40x24 .*crop_size '\[24, 40\]'.*null"):
         OnnxNetwork(fixed)(torch.zeros(1, 3, 25, 40))
 
 

@@ -77,6 +77,15 @@ def test_list_files_goes_into_folders_only_when_told(tmp_path):
     assert list_files(tmp_path, IMAGE_SUFFIXES, recursive=True) == files
 
 
+@pytest.mark.parametrize("place", [".", "./x", "x/", "../here"])
+def test_list_files_goes_into_folders_of_any_spelling(tmp_path, monkeypatch, place):
+    here = tmp_path / "here"
+    touch(here / "x" / "y" / "a.png")
+    monkeypatch.chdir(here)
+    (found,) = list_files(Path(place), IMAGE_SUFFIXES, recursive=True)
+    assert found.resolve() == here / "x" / "y" / "a.png"
+
+
 def test_list_files_follows_links_to_folders_but_not_in_circles(tmp_path):
     folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
     touch(folder / "a.png", elsewhere / "b.png")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,11 +37,11 @@ def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("model") / "tiny.ckpt")
 
 
-def write_checkpoint(path, names=NAMES, inference=None, seed=0):
+def write_checkpoint(path, names=NAMES, inference=None, seed=0, **arguments):
     torch.manual_seed(seed)
     network = ISANet(
         len(names), "resnet18", last_stage=1, key_channels=4, value_channels=4, out_channels=4,
-        form="reduced", down_factors=((2, 2),),
+        form="reduced", down_factors=((2, 2),), **arguments,
     )  # fmt: skip
     with torch.no_grad():  # so that several classes are found
         weight = torch.randn_like(network.classifier.weight)
@@ -233,8 +234,21 @@ def test_a_folder_of_other_predictions_is_refused(checkpoint, photos, tmp_path):
     predict(checkpoint, photos, tmp_path / "out")
     other = write_checkpoint(tmp_path / "other.ckpt", seed=1)
     for path, *more in ((other,), (checkpoint, "--model.inference.flip", "true")):
-        with pytest.raises(InputError, match="of another checkpoint or other settings"):
+        with pytest.raises(InputError, match="of another checkpoint, other images or other"):
             predict(path, photos, tmp_path / "out", *more)
+    # Frames of two cameras have the same names: they would be taken for done.
+    shutil.copytree(photos, tmp_path / "camera2")
+    with pytest.raises(InputError, match="of another checkpoint, other images or other"):
+        predict(checkpoint, tmp_path / "camera2", tmp_path / "out")
+
+
+def test_masks_that_nothing_is_known_of_are_refused(checkpoint, photos, tmp_path):
+    predict(checkpoint, photos, tmp_path / "out")
+    (tmp_path / "out" / "model.json").unlink()
+    before = files(tmp_path / "out")
+    with pytest.raises(InputError, match="choose another --output, or remove the folder"):
+        predict(checkpoint, photos, tmp_path / "out")
+    assert files(tmp_path / "out") == before
 
 
 def test_a_mask_has_its_name_only_when_it_is_complete(checkpoint, photos, tmp_path, monkeypatch):
@@ -342,14 +356,16 @@ def test_disk_full_in_the_middle(checkpoint, photos, tmp_path, monkeypatch):
     save = Image.Image.save
 
     def full(self, path, **options):
+        save(self, path, **options)
         if "b.png" in str(path):
             raise OSError(28, "No space left on device")
-        save(self, path, **options)
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(InputError, match=r"cannot write .*b\.png: No space left.*goes on"):
         predict(checkpoint, photos, tmp_path / "out")
-    assert not [name for name in files(tmp_path / "out") if "tmp" in name]
+    assert files(tmp_path / "out") == [
+        "masks/a.png", "model.json", "overlays/a.png"
+    ]  # fmt: skip
 
 
 def test_a_file_that_makes_pillow_raise_anything_is_told(checkpoint, photos, tmp_path, monkeypatch):

@@ -47,6 +47,7 @@ BACKBONE = {
     "strides": [1, 2, 1, 1],
     "dilations": [1, 1, 2, 4],
     "contract_dilation": True,
+    "multi_grid": None,
 }
 # The published settings, for files that do not say theirs.
 BASE_SIZES = {"cityscapes": (2048, 1024), "ade20k": (2048, 512), "voc": (2048, 512)}
@@ -73,6 +74,7 @@ def read_mmseg(
     config = read_config(find(meta, "cfg", default=find(meta, "config")))
     model = find(config, "model")
     check_config(find(model, "backbone"), BACKBONE, path)
+    check_config(find(model, "decode_head", "act_cfg"), {"type": "ReLU"}, path)
     crop_size = _crop_size(path)
     if align_corners is None:
         align_corners = find(model, "decode_head", "align_corners")
@@ -96,10 +98,21 @@ def read_mmseg(
 
 
 def _pixels(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns how the network's input is made of pixels: `bgr`, `mean`, `std`; see `build`."""
-    pixels = find(config, "model", "data_preprocessor", default=find(config, "img_norm_cfg"))
+    """Returns how the network's input is made of pixels: `bgr`, `mean`, `std`; see `build`.
+
+    What 1.x is not told to do, it does not do (mmseg/models/data_preprocessor.py); in 0.x, and
+    where there is no config, it is as in the published settings.
+    """
+    pixels = find(config, "model", "data_preprocessor")
+    if pixels is not None:
+        return {
+            "bgr": not find(pixels, "bgr_to_rgb", default=False),
+            "mean": find(pixels, "mean", default=(0.0, 0.0, 0.0)),
+            "std": find(pixels, "std", default=(1.0, 1.0, 1.0)),
+        }
+    pixels = find(config, "img_norm_cfg")
     return {
-        "bgr": not find(pixels, "bgr_to_rgb", default=find(pixels, "to_rgb", default=True)),
+        "bgr": not find(pixels, "to_rgb", default=True),
         "mean": find(pixels, "mean", default=IMAGENET_MEAN),
         "std": find(pixels, "std", default=IMAGENET_STD),
     }
@@ -141,6 +154,11 @@ def _inference(
         raise InputError(
             f"{path}: the config in it stretches images to another shape (Resize without "
             "keep_ratio), which this project does not do"
+        )
+    if any(size and not isinstance(size[0], int) for size in sizes):
+        raise InputError(
+            f"{path}: the config in it tests at several sizes, {[*filter(None, sizes)]}; one alone "
+            "can be converted"
         )
     # A pipeline that ends without a word of size shows images as they are.
     silent = steps and not any(find(step, "type") in RESIZING for step in steps)

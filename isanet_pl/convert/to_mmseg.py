@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isanet_pl.checkpoint_io import save_whole
 from isanet_pl.convert.layout import rename
 from isanet_pl.convert.mmseg import BACKBONE, RULES
 from isanet_pl.convert.trained import Trained
@@ -67,7 +68,7 @@ def write_mmseg(trained: Trained, path: Path) -> None:
         "iter": trained.steps,
     }
     renamed = {rename(name, RULES): value for name, value in state.items()}
-    torch.save({"meta": meta, "state_dict": renamed}, path)
+    save_whole({"meta": meta, "state_dict": renamed}, path)
     lost = left_behind(trained.network)
     if lost:
         log.warning(

@@ -9,6 +9,7 @@ import lightning
 import torch
 
 import isanet_pl.data
+from isanet_pl.checkpoint_io import save_whole
 from isanet_pl.data import SegmentationDataModule
 from isanet_pl.data.dataset import Colour, default_palette
 from isanet_pl.errors import InputError
@@ -116,7 +117,7 @@ def write_checkpoint(trained: Trained, path: Path) -> None:
         "hyper_parameters": dict(module.hparams),
     }
     module.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, path)
+    save_whole(checkpoint, path)
 
 
 def read_checkpoint(path: Path) -> Trained:

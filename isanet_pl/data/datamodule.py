@@ -58,8 +58,8 @@ class SegmentationDataModule(pl.LightningDataModule):
         photometric: Distort colours of training images at random, on the device.
         num_workers: Loader processes; None: one for each core, at most 8.
         eval_batch_size: Validation and test images per step; above 1 all must have one size.
-        predict_dir: Folder of images for `predict`, searched with its sub-folders, but not those
-            that are links.
+        predict_dir: Folder of images for `predict`, searched with its sub-folders, those too that
+            are links.
         predict_output: Folder that predictions are written to; images that have a mask there are
             left out. The command line takes it from --output.
         max_pixels: Larger images are refused by `predict`; the default is Pillow's limit against

@@ -70,12 +70,13 @@ def files_below(folder: Path) -> Iterator[Path]:
     for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         yield from (Path(where, name) for name in names)
         passed = above.pop(where)
-        for path in [Path(where, name) for name in folders]:
-            real = path.resolve()
+        for name in list(folders):
+            path = os.path.join(where, name)  # noqa: PTH118 - as os.walk will spell it
+            real = Path(path).resolve()
             if real in passed:  # a link back up, which would go round for ever
-                folders.remove(path.name)
+                folders.remove(name)
             else:
-                above[str(path)] = [*passed, real]
+                above[path] = [*passed, real]
 
 
 def pair_by_stem(image_dir: Path, mask_dir: Path) -> list[Pair]:

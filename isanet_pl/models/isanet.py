@@ -244,9 +244,9 @@ class ISANet(nn.Module):
 
         Args:
             path: Either a state dict of the backbone, bare or under the key `state_dict` or
-                `model`, in torchvision's or timm's names, of any float dtype; or a checkpoint of
-                `isanet-pl fit` or scripts/convert_checkpoint.py. Of its network, classifiers of
-                another number of classes are left out.
+                `model`, in torchvision's, timm's or mmsegmentation's names, of any float dtype; or
+                a checkpoint of `isanet-pl fit` or scripts/convert_checkpoint.py. Of its network,
+                classifiers of another number of classes are left out.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -263,6 +263,7 @@ class ISANet(nn.Module):
                     f"{path} is a network of mmsegmentation or openseg: make a checkpoint of it "
                     "with scripts/convert_checkpoint.py, which can be given here"
                 )
+            state = {_timm_name(key): value for key, value in state.items()}
             self.loaded = _of_backbone(load_weights(self.backbone.net, state, name, str(path)))
             return
         state = _of_network(tensors_of(content))
@@ -363,6 +364,13 @@ class ISANet(nn.Module):
             raise ValueError(f"{path} is not a checkpoint of isanet-pl: {error!r}") from error
         network.inference = inference
         return network.eval()
+
+
+def _timm_name(key: str) -> str:
+    """Returns timm's name of a backbone's tensor; mmsegmentation names deep stems otherwise."""
+    if key.startswith("stem.7."):
+        return key.replace("stem.7.", "bn1.", 1)
+    return key.replace("stem.", "conv1.", 1) if key.startswith("stem.") else key
 
 
 def _of_backbone(names: Iterable[str]) -> frozenset[str]:

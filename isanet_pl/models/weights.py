@@ -22,9 +22,11 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"weights not found: {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception as error:  # whatever a damaged file makes torch do
         raise ValueError(
-            f"{path} is not a PyTorch weights file, or is truncated: {error}"
+            f"{path} is not a PyTorch weights file, is truncated, or holds more than tensors, of "
+            "which nothing was executed: give a state dict alone; a network of mmsegmentation or "
+            "openseg becomes a checkpoint with scripts/convert_checkpoint.py"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
