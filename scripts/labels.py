@@ -83,12 +83,12 @@ def find_kind(config: Config, folder: Path, trained: Config | None, weights: str
             from scratch, resumed or not.
     """
     if trained is not None and weights:
-        kept = {key: value for key, value in trained.items() if not _starts(key, OF_EVALUATION)}
-        config = kept | {key: v for key, v in config.items() if _starts(key, OF_EVALUATION)}
+        kept = {key: value for key, value in trained.items() if not starts(key, OF_EVALUATION)}
+        config = kept | {key: v for key, v in config.items() if starts(key, OF_EVALUATION)}
     own = {
         key: Path(str(value)).name if key in PATHS and value is not None else value
         for key, value in config.items()
-        if not _starts(key, NO_DIFFERENCE)
+        if not starts(key, NO_DIFFERENCE)
     }
     if weights:
         own["checkpoint"] = weights
@@ -96,7 +96,8 @@ def find_kind(config: Config, folder: Path, trained: Config | None, weights: str
     return Kind(own, cell, folder.parent.name)
 
 
-def _starts(key: str, beginnings: Sequence[str]) -> bool:
+def starts(key: str, beginnings: Sequence[str]) -> bool:
+    """Returns whether a dotted key is one of some keys, or of a group that they name."""
     return any(key == b or key.startswith((f"{b}.", f"{b}_")) for b in beginnings)
 
 

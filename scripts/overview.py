@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from labels import NO_DIFFERENCE, starts
 from report_page import Cell, Table
-from report_tables import number, spread, time_taken
+from report_tables import mean_time, number, spread
 from resumed_runs import owner
 from run_folders import Run
 from settings import Comparison, statistic
+
+from isanet_pl.errors import InputError
 
 VIEWS = {
     ((1.0,), False): "",
@@ -23,12 +26,9 @@ Scales are those of the training's own validations times these, where it has a s
 
 COLUMNS = ("val", "val ms+flip", "test", "test ms+flip")
 
-# What makes no other training: places, names, and what the columns say.
-UNTOLD = {
-    "--ckpt_path", "--config", "--data.root", "--model.network.pretrained",
-    "--model.network.weights_path", "--name", "--resume", "--runs_dir", "--seed_everything",
-    "--trainer.max_steps",
-}  # fmt: skip
+# What is said elsewhere: by the row's beginning, the start of the training, and the columns.
+UNTOLD = ("config", "data", "data.root", "model.network.pretrained", "model.network.weights_path",
+          "trainer.max_steps")  # fmt: skip
 
 
 @dataclass
@@ -49,11 +49,15 @@ class Training:
 
 
 def read_options(command: str) -> list[tuple[str, str]]:
-    """Returns the options of an isanet-pl command line and their values, in order."""
+    """Returns the options of an isanet-pl command line and their values, in order.
+
+    Names are without dashes, and in one of the spellings that a command line takes.
+    """
     words = iter(shlex.split(command)[2:])
     options = []
     for word in words:
         name, equals, value = word.partition("=")
+        name = "config" if name == "-c" else name.removeprefix("--").replace(".init_args.", ".")
         options.append((name, value if equals else next(words, "")))
     return options
 
@@ -61,15 +65,19 @@ def read_options(command: str) -> list[tuple[str, str]]:
 def find_label(command: str) -> str:
     """Returns the configs of a training, and the options that change it."""
     options = read_options(command)
-    configs = [Path(value).stem for name, value in options if name == "--config"]
-    changes = [f"{name[2:]}={value}" for name, value in options if name not in UNTOLD]
+    configs = [Path(value).stem for name, value in options if name == "config"]
+    changes = [
+        f"{name}={value}"
+        for name, value in options
+        if name not in UNTOLD and not starts(name, NO_DIFFERENCE)
+    ]
     return ", ".join([" + ".join(configs), *changes])
 
 
 def find_start(command: str) -> tuple[str | None, ...]:
     """Returns the weights that a training started from."""
     options = dict(read_options(command))
-    names = ("--model.network.weights_path", "--model.network.pretrained")
+    names = ("model.network.weights_path", "model.network.pretrained")
     return tuple(options.get(name) for name in names)
 
 
@@ -98,16 +106,25 @@ def find_trainings(comparisons: Sequence[Comparison]) -> list[Training]:
 
     Args:
         comparisons: Of one data set.
+
+    Raises:
+        InputError: Two trainings have the same run folder, so that no evaluation tells which it is
+            of.
     """
     trainings: dict[Path, Training] = {}
     for comparison, run in _runs(comparisons, ("fit",)):
         assert run.result is not None
         training = Training(find_label(run.result.command), run, {})
-        # Several names may keep the same one.
-        _add(trainings.setdefault(run.folder, training), comparison.split, run)
+        known = trainings.setdefault(run.folder, training)  # several names may keep the same one
+        if known.run.result != run.result:
+            raise InputError(
+                f"two trainings are kept as {run.folder}: {known.run.result.command}\nand "
+                f"{run.result.command}\nGive one another --name, and add its runs again"
+            )
+        _add(known, comparison.split, run)
     for comparison, run in _runs(comparisons, ("validate", "test")):
-        known = [training.run for training in trainings.values()]
-        trained = owner(run.config.get("ckpt_path"), known)
+        kept = [training.run for training in trainings.values()]
+        trained = owner(run.config.get("ckpt_path"), kept)
         if trained is not None:
             _add(trainings[trained.folder], comparison.split, run)
     return list(trainings.values())
@@ -171,7 +188,7 @@ def overview_table(
         assert first.result is not None
         known = [Cell(way[0]), number(len(ways[way]), "d"), number(way[1], "d")]
         cells = [spread(s, s is not None and s.mean == tops[c]) for c, s in scores[way].items()]
-        time = time_taken(first.seconds, first.all_seconds).text
+        time = mean_time([training.run for training in ways[way]]).text
         rows.append([*known, *cells, Cell(f"{time}, {first.result.machine}")])
     for entry in published:
         known = [Cell(f"literature: {entry['name']}"), Cell("-"), Cell("-")]

@@ -1,6 +1,6 @@
 """The tables of a report."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from report_page import Cell, Table
 from run_folders import Run
@@ -43,7 +43,7 @@ def summary_table(comparison: Comparison, base: Setting) -> Table:
                 "aAcc": spread(setting.score("aacc")),
                 "M params": number((setting.parameters or 0) / 1e6 or None),
                 "GMACs": number(setting.gmacs),
-                "time": _mean_time(setting),
+                "time": mean_time(setting.runs.values()),
                 "images/s": number(setting.images_per_s, ".1f"),
                 "differs in": Cell(
                     "-" if setting.label == setting.difference else setting.difference
@@ -72,8 +72,8 @@ def time_taken(seconds: float | None, whole: bool) -> Cell:
     return Cell(f"{'' if whole else '≥ '}{seconds / size:{form}} {unit}", seconds)
 
 
-def _mean_time(setting: Setting) -> Cell:
-    runs = setting.runs.values()
+def mean_time(runs: Collection[Run]) -> Cell:
+    """Returns a cell with the mean time of some runs."""
     mean = statistic(run.seconds for run in runs)
     return time_taken(mean.mean if mean else None, all(run.all_seconds for run in runs))
 

@@ -41,7 +41,10 @@ def owner(checkpoint: str | None, runs: Iterable[Run]) -> Run | None:
 
 
 def join_resumed(runs: Sequence[Run]) -> list[Run]:
-    """Returns the runs, a resumed training as one; a finished one stays what it is as well."""
+    """Returns the runs, a resumed training as one; a finished one stays what it is as well.
+
+    What goes on from a training that is not among them has taken longer than is known.
+    """
     earlier = {
         run.folder: found
         for run in runs
@@ -57,6 +60,10 @@ def join_resumed(runs: Sequence[Run]) -> list[Run]:
         while (before := earlier.get(whole.folders[0])) and before.folder not in seen:
             whole = continue_run(before, whole)
             seen.add(before.folder)
+        if whole.command == "fit" and whole.folders[0] not in earlier:
+            start = whole.config.get("ckpt_path")
+            if start and owner(start, runs) is None:
+                whole = replace(whole, all_seconds=False)
         joined.append(whole)
     return joined
 

@@ -13,8 +13,9 @@ from run_folders import Curve, Run, natural
 
 COMMANDS = ("fit", "validate", "test")
 
-Key = tuple[str, str, str, tuple[str, ...]]
-"""What the runs of a comparison have in common: command, data set, split and classes."""
+Key = tuple[str, str, str, tuple[str, ...], str]
+"""What the runs of a comparison have in common: command, data set, split, classes and, of a folder
+of one's own, its name."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,13 @@ def compare(runs: Sequence[Run], problems: list[str]) -> list[Comparison]:
             continue
         classes = tuple(k.removeprefix("iou/") for k in run.result.scores if k.startswith("iou/"))
         data = str(run.config.get("data", "data")).rsplit(".", 1)[-1]
-        members.setdefault((run.command, data, run.result.stage, classes), []).append(run)
+        root = Path(str(run.config.get("data.root"))).name if data == "SegmentationFolder" else ""
+        members.setdefault((run.command, data, run.result.stage, classes, root), []).append(run)
     comparisons = []
     numbers: dict[str, int] = {}
     titles = find_titles(members)
     for key in sorted(members, key=lambda key: (COMMANDS.index(key[0]), key)):
-        command, _, split, classes = key
+        command, _, split, classes, _ = key
         settings = find_settings(members[key], runs, problems)
         settings.sort(key=lambda setting: -setting.miou.mean)
         settings = [

@@ -201,6 +201,7 @@ FOLDER = {"data.class_path": "isanet_pl.data.SegmentationFolder"}
     ("root", "other", "more", "told_apart"),
     [
         ("a/leaves", "b/cells", {"sky": 0.5}, ("cells", "leaves")),
+        ("a/leaves", "b/cells", {}, ("cells", "leaves")),
         ("a/photos", "b/photos", {"sky": 0.5}, ("2 classes", "1 classes")),
         ("a/my data", "b/my-data", {"sky": 0.5}, ("2 classes", "1 classes")),  # of one file name
         ("photos", "photos", {"sky": 0.5, "sea": 0.5}, ("1", "2")),
@@ -318,6 +319,18 @@ def test_a_resumed_run_is_one_run(tmp_path):
     assert list(run.curves["train/loss"]) == [10, 20, 25, 35]
     assert (run.seconds, run.all_seconds) == (90, False)
     assert problems == []
+
+
+def test_the_time_of_a_run_whose_beginning_is_not_given_is_no_whole(tmp_path):
+    first = write_run(tmp_path / "runs" / "a" / "version_0", 0.5)
+    going_on = {"ckpt_path": f"{first}/checkpoints/last.ckpt"}
+    then = write_run(tmp_path / "runs" / "a" / "version_1", 0.6, config=going_on)
+    times = []
+    for given in (tmp_path / "runs", then):
+        comparisons, _ = compared(given)
+        (run,) = comparisons[0].settings[0].runs.values()
+        times.append((run.seconds, run.all_seconds))
+    assert times == [(180, True), (90, False)]
 
 
 def test_a_checkpoint_beside_the_root_of_the_file_system_has_no_run(tmp_path):

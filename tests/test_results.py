@@ -197,6 +197,43 @@ def test_the_overview_has_a_row_for_each_way_to_train(place):
     assert (net["test"], net["time, or source"]) == ("69.1", "a paper")
 
 
+def test_the_overview_names_what_changes_the_training(place):
+    options = "-c a/isa.yaml --data.init_args.root d --data.num_workers 4 --data.cache /x"
+    options += (
+        " --wandb auto --data.init_args.flip=false --checkpoint.monitor val/loss --data CamVid"
+    )
+    write_run(place / "runs" / "isa" / "version_0", 0.9, options=options)
+    [row] = overview_of(place)
+    assert row["training"] == "isa, data.flip=false"
+
+
+def test_the_overview_gives_the_mean_time(place):
+    for seed, seconds in enumerate((60, 180)):
+        folder = write_run(place / "runs" / f"seed{seed}", 0.5, seed, options="--config a")
+        result = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps(result | {"seconds": seconds}))
+    [row] = overview_of(place)
+    assert (row["n"], row["time, or source"]) == ("2", "2 min, a machine")
+
+
+def test_two_trainings_of_one_folder_are_refused(place, capsys):
+    """As on two machines, whose first runs have one name."""
+    write_run(place / "runs" / "isa" / "version_0", 0.5, options="--config a")
+    assert len(overview_of(place)) == 1
+    store = place / "docs" / "results"
+    text = (store / "mine.json").read_text()
+    (store / "again.json").write_text(text)
+    page = store / "README.md"
+    page.write_text(page.read_text() + marks("again results"))
+    assert results() == 0  # the same one, under another name
+    (store / "again.json").write_text(
+        text.replace("isanet-pl fit", "isanet-pl fit --ema_decay 0.9")
+    )
+    with pytest.raises(SystemExit):
+        results()
+    assert "two trainings are kept as runs/isa/version_0" in capsys.readouterr().err
+
+
 def test_the_overview_has_no_val_score_of_a_training_on_val(place):
     both = {"data.train_on_val": True}
     trained = write_run(
