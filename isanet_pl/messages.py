@@ -39,9 +39,9 @@ def configure_messages() -> None:
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
-    """Returns whether a message of Lightning's is neither a tip to install its other products...
+    """Returns whether a message of Lightning's is worth showing.
 
-    ...nor about our own summary of the network, which takes the place of Lightning's.
+    Those are not that tell of its other products, or that our summary takes the place of its own.
     """
     unwanted = "Tip: For seamless cloud", "already configured with model summary callbacks"
     return not any(part in record.getMessage() for part in unwanted)

@@ -155,11 +155,12 @@ def _inference(
             f"{path}: the config in it stretches images to another shape (Resize without "
             "keep_ratio), which this project does not do"
         )
-    if any(size and not isinstance(size[0], int) for size in sizes):
-        raise InputError(
-            f"{path}: the config in it tests at several sizes, {[*filter(None, sizes)]}; one alone "
-            "can be converted"
-        )
+    for size in filter(None, sizes):
+        if not isinstance(size, list) or [type(side) for side in size] != [int, int]:
+            raise InputError(
+                f"{path}: the config in it tests at the size {size}; only a width and a height can "
+                "be converted"
+            )
     # A pipeline that ends without a word of size shows images as they are.
     silent = steps and not any(find(step, "type") in RESIZING for step in steps)
     usual = None if silent else BASE_SIZES.get(str(classes.data_set))
