@@ -388,7 +388,7 @@ def test_a_config_that_stretches_images_is_refused(tmp_path, ratio):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("contract_dilation=True", "multi_grid=(1, 2, 4)", "multi_grid (1, 2, 4)"),
+        ("contract_dilation=True", "multi_grid=(1, 2, 4)", "multi_grid [1, 2, 4]"),
         ("dropout_ratio=0.1", "act_cfg=dict(type='LeakyReLU')", "type LeakyReLU; only ReLU"),
         ("img_scale=(2049, 1025)", "img_scale=[(2048, 512), (9, 9)]", "[[2048, 512], [9, 9]]"),
         ("img_scale=(2049, 1025)", "img_scale=512", "at the size 512"),
