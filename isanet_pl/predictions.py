@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,9 +36,6 @@ class PredictionWriter(pl.Callback):
             of Cityscapes (label ids) and ADE20K (1..150) take them; give the data set with --data.
     """
 
-    EVERY_SECONDS = 10.0
-    """Between two lines of progress."""
-
     def __init__(
         self,
         output: str | None = None,
@@ -54,7 +50,7 @@ class PredictionWriter(pl.Callback):
         self.folder = Path("predictions")
         self.errors: list[str] = []
         self.written = 0
-        self.start = self.printed = 0.0
+        self.start = 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Claims the folder before `predict`.
@@ -73,7 +69,7 @@ class PredictionWriter(pl.Callback):
         # All processes ask for it together, as the first one knows it.
         self.folder = Path(self.output or Path(trainer.log_dir or ".") / "predictions")
         self.errors, self.written = [], 0
-        self.start = self.printed = time.monotonic()
+        self.start = time.monotonic()
         pl_module.predict_probabilities = self.probabilities  # type: ignore[assignment]
         if not trainer.is_global_zero:
             return
@@ -133,7 +129,6 @@ class PredictionWriter(pl.Callback):
             mask = self._mask(trainer, pl_module, classes.cpu().numpy().astype(np.uint8))
             self._save(f"masks/{name}.png", _png(mask))
             self.written += 1
-        self._print_now_and_then(trainer, batch_idx + 1)
 
     def _mask(
         self, trainer: pl.Trainer, pl_module: Any, classes: npt.NDArray[np.uint8]
@@ -155,18 +150,6 @@ class PredictionWriter(pl.Callback):
                 f"cannot write {path}: {error.strerror}; what is written stays, and the same "
                 "command goes on from there"
             ) from error
-
-    def _print_now_and_then(self, trainer: pl.Trainer, done: int) -> None:
-        """Prints a line now and then where there is no terminal to draw a bar on."""
-        now = time.monotonic()
-        bar = sys.stdout.isatty() or trainer.progress_bar_callback is None
-        if bar or not trainer.is_global_zero or now - self.printed < self.EVERY_SECONDS:
-            return
-        self.printed = now
-        total = int(sum(trainer.num_predict_batches))
-        speed = done / (now - self.start)
-        left = (total - done) / speed / 60
-        print(f"image {done}/{total}  {speed:.1f} images/s  {left:.1f} min left", flush=True)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the class shares and says what was done.

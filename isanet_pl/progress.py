@@ -26,6 +26,9 @@ class Progress(pl.Callback):
         InputError: `every_n_steps` is below 1.
     """
 
+    EVERY_SECONDS = 10.0
+    """Between two lines of what does not train."""
+
     def __init__(self, every_n_steps: int = 10) -> None:
         if every_n_steps < 1:
             raise InputError(f"progress.every_n_steps must be 1 or more: {every_n_steps}")
@@ -35,6 +38,8 @@ class Progress(pl.Callback):
         self.first_step = 0
         self.step = 0  # optimiser steps at the end of the last batch
         self.start = 0.0
+        self.begun = self.printed = 0.0  # of a pass over a split
+        self.seen = 0  # images of it
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes where the run starts."""
@@ -74,9 +79,50 @@ class Progress(pl.Callback):
         self._print(trainer, rates, speed)
         self.images, self.since = 0, time.monotonic()
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts to count the images of a split."""
+        self.begun = self.printed = time.monotonic()
+        self.seen = 0
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Prints how far the split is, now and then."""
+        batches = trainer.num_val_batches
+        if trainer.state.fn in ("test", "predict"):
+            testing = trainer.state.fn == "test"
+            batches = trainer.num_test_batches if testing else trainer.num_predict_batches
+        self.seen += len(batch["name"]) * trainer.world_size
+        if not trainer.sanity_checking:
+            self._print_share(trainer, (batch_idx + 1) / sum(batches))
+
+    on_test_batch_end = on_validation_batch_end
+    on_predict_batch_end = on_validation_batch_end
+
+    @rank_zero_only
+    def _print_share(self, trainer: pl.Trainer, share: float) -> None:
+        now = time.monotonic()
+        if _has_bar(trainer) or now - self.printed < self.EVERY_SECONDS:
+            return
+        self.printed, taken = now, now - self.begun
+        left = taken / share * (1 - share) / 60
+        print(
+            f"{100 * share:.0f} %  {self.seen / taken:.1f} images/s  {left:.1f} min left",
+            flush=True,
+        )
+
     @rank_zero_only
     def _print(self, trainer: pl.Trainer, rates: Mapping[str, float], speed: float) -> None:
-        if sys.stdout.isatty() or trainer.progress_bar_callback is None:
+        if _has_bar(trainer):
             return
         step, total = trainer.global_step, trainer.estimated_stepping_batches
         per_step = (time.monotonic() - self.start) / max(1, step - self.first_step)
@@ -98,6 +144,11 @@ class Progress(pl.Callback):
     def _print_score(self, trainer: pl.Trainer) -> None:
         score = float(trainer.callback_metrics.get("val/miou", math.nan))
         print(f"step {trainer.global_step}: val/miou {score:.4f}", flush=True)
+
+
+def _has_bar(trainer: pl.Trainer) -> bool:
+    """Returns whether lines are not wanted: a terminal has a bar, or nothing is to be shown."""
+    return sys.stdout.isatty() or trainer.progress_bar_callback is None
 
 
 class ProgressBar(RichProgressBar):

@@ -1,5 +1,6 @@
 """What a run shows of its speed, and of how far it is."""
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from test_dashboards import fit
+from test_module import make_loader, make_module
 
 from isanet_pl import progress
 from isanet_pl.progress import Progress, last_epoch
@@ -72,3 +74,32 @@ def test_progress_is_told_at_steps_that_end_an_epoch_with_fewer_batches(monkeypa
     options = {"limit_train_batches": 3, "accumulate_grad_batches": 2, "val_check_interval": 3}
     fit(False, Progress(every_n_steps=2), steps=5, **options)
     assert steps == [2, 4]
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_long_pass_says_how_far_it_is(command, monkeypatch, capsys):
+    """Three batches of two images and one of one, four seconds each; a line every five."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Progress, "EVERY_SECONDS", 5.0)
+
+    class Slow(pl.Callback):
+        def _wait(self, *_):
+            now[0] += 4
+
+        on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _wait
+
+    bar = pl.callbacks.TQDMProgressBar()
+    trainer = pl.Trainer(
+        callbacks=[Slow(), Progress(), bar], logger=False, accelerator="cpu", max_epochs=1,
+        enable_checkpointing=False, enable_model_summary=False,
+    )  # fmt: skip
+    loader = make_loader(7)
+    trainer.num_sanity_val_steps = 0
+    loaders = (loader, loader) if command == "fit" else (loader,)
+    getattr(trainer, command)(make_module(), *loaders)
+    text = capsys.readouterr().out
+    assert re.findall(r"\d+ %  [\d.]+ images/s  [\d.]+ min left\n", text) == [
+        "50 %  0.5 images/s  0.1 min left\n",
+        "100 %  0.4 images/s  0.0 min left\n",
+    ]
