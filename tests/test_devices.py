@@ -261,7 +261,7 @@ def test_validate_and_predict(tmp_path):
     options = ("--data.predict_dir", photos)
     done = run("predict", "--ckpt_path", checkpoint, *options, cwd=tmp_path)
     assert done.returncode != 0
-    assert "1 images could not be segmented" in done.stderr
+    assert "1 image could not be segmented" in done.stderr
     assert "Traceback" not in done.stderr
     assert "5 images done" in done.stdout
     folder = next((tmp_path / "runs" / "a").glob("*/predictions"))
