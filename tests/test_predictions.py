@@ -19,7 +19,7 @@ from isanet_pl.data import ADE20K, Cityscapes, SegmentationFolder, dataset
 from isanet_pl.errors import InputError
 from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
-from isanet_pl.predictions import PredictionWriter
+from isanet_pl.progress import Progress
 
 NAMES = ("sky", "road", "car")
 QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
@@ -447,11 +447,11 @@ def test_settings_that_change_the_files_are_part_of_the_claim(photos, tmp_path):
 def test_lines_tell_the_progress_where_there_is_no_terminal(
     checkpoint, photos, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(PredictionWriter, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(Progress, "EVERY_SECONDS", 0.0)
     predict(checkpoint, photos, tmp_path / "out")
-    out = capsys.readouterr().out
-    assert "image 1/4" in out
-    assert "image 4/4" in out
+    lines = capsys.readouterr().out.splitlines()
+    shares = [line.split(" %")[0] for line in lines if "min left" in line]
+    assert shares == ["25", "50", "75", "100"]
 
 
 # A checkpoint as its own config
