@@ -7,9 +7,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from isanet_pl.dashboards import PredictionPanels
 from isanet_pl.errors import InputError
+from isanet_pl.last_checkpoint import LastCheckpoint
 from isanet_pl.predictions import PredictionWriter
 from isanet_pl.progress import Progress
-from isanet_pl.resume import LastCheckpoint
 from isanet_pl.wandb_run import Mode, WandbRun
 
 

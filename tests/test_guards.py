@@ -15,7 +15,7 @@ from isanet_pl.data.broken import BrokenFiles
 from isanet_pl.data.sampler import ATTEMPTS, DrawnSamples
 from isanet_pl.errors import InputError
 from isanet_pl.finite import all_finite, first_not_finite
-from isanet_pl.resume import LastCheckpoint
+from isanet_pl.last_checkpoint import LastCheckpoint
 
 # Numbers
 

@@ -133,43 +133,21 @@ class ISANet(nn.Module):
     ) -> None:
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        if not 2 <= num_classes <= 254:
-            raise ValueError(f"num_classes must be 2 to 254 (masks are uint8), got {num_classes}")
-        if form not in get_args(Form) or context not in get_args(Context):
-            raise ValueError(
-                f"form is one of {get_args(Form)} and context one of {get_args(Context)}, got "
-                f"{form!r} and {context!r}"
-            )
-        channels_of = {
-            "key_channels": key_channels,
-            "value_channels": value_channels,
-            "out_channels": out_channels,
-            "aux_channels": aux_channels,
-        }
-        for name, number in channels_of.items():
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+        _check(arguments)
         reduced = form == "reduced"
-        for name, value in (("value_bias", value_bias), ("context_first", context_first)):
-            if context != "isa" and value not in (None, reduced):
-                raise ValueError(f"{name} is of ISA alone: leave it null with context {context}")
-        dropout = (0.1 if reduced else 0.0) if dropout is None else dropout
-        aux_head = reduced if aux_head is None else aux_head
-        align_corners = not reduced if align_corners is None else align_corners
-        value_bias = reduced if value_bias is None else value_bias
-        context_first = reduced if context_first is None else context_first
-        arguments |= {
-            "dropout": dropout,
-            "aux_head": aux_head,
-            "align_corners": align_corners,
-            "value_bias": value_bias,
-            "context_first": context_first,
+        of_form = {
+            "dropout": 0.1 if reduced else 0.0,
+            "aux_head": reduced,
+            "align_corners": not reduced,
+            "value_bias": reduced,
+            "context_first": reduced,
         }
+        arguments |= {name: value for name, value in of_form.items() if arguments[name] is None}
         self.arguments = arguments
         self.loaded: frozenset[str] = frozenset()
         self.inference = Inference()
         self.form = form
-        self.align_corners = align_corners
+        self.align_corners: bool = arguments["align_corners"]
         self.output_stride: int = output_stride
         self.classify_before_upsampling = reduced or classify_before_upsampling
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -181,34 +159,7 @@ class ISANet(nn.Module):
         if reduced:
             self.reduce = conv_bn_relu(channels, out_channels, 3, negative_slope)
             channels = out_channels
-        self.context: nn.Module
-        if context == "isa":
-            self.context = ISAModule(
-                channels,
-                key_channels,
-                value_channels,
-                out_channels,
-                down_factors,
-                dropout,
-                value_bias=value_bias,
-                context_first=context_first,
-                order=order,
-                mask_padding=mask_padding,
-                negative_slope=negative_slope,
-            )
-        elif context in ("dense", "dense_sdpa"):
-            self.context = DenseAttention(
-                channels,
-                key_channels,
-                out_channels,
-                dropout,
-                sdpa=context == "dense_sdpa",
-                negative_slope=negative_slope,
-            )
-        else:
-            self.context = OTHER_CONTEXTS[context](
-                channels, out_channels, dropout, negative_slope=negative_slope
-            )
+        self.context = _context_module(channels, arguments)
         self.project: nn.Module = nn.Identity()
         if reduced:
             self.classifier = nn.Conv2d(out_channels, num_classes, 1)
@@ -221,10 +172,10 @@ class ISANet(nn.Module):
             )
             self.classifier = nn.Conv2d(out_channels, num_classes, 3, padding=1)
         self.aux_head: nn.Sequential | None = None
-        if aux_head:
+        if arguments["aux_head"]:
             self.aux_head = nn.Sequential(
                 *conv_bn_relu(before_channels, aux_channels, 3, negative_slope),
-                nn.Dropout2d(dropout),
+                nn.Dropout2d(arguments["dropout"]),
                 nn.Conv2d(aux_channels, num_classes, 1),
             )
         # As mmsegmentation's heads do.
@@ -364,6 +315,43 @@ class ISANet(nn.Module):
             raise ValueError(f"{path} is not a checkpoint of isanet-pl: {error!r}") from error
         network.inference = inference
         return network.eval()
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    """Raises the class's ValueError, for what its parts do not check themselves."""
+    num_classes, form, context = (arguments[key] for key in ("num_classes", "form", "context"))
+    if not 2 <= num_classes <= 254:
+        raise ValueError(f"num_classes must be 2 to 254 (masks are uint8), got {num_classes}")
+    if form not in get_args(Form) or context not in get_args(Context):
+        raise ValueError(
+            f"form is one of {get_args(Form)} and context one of {get_args(Context)}, got "
+            f"{form!r} and {context!r}"
+        )
+    for name in ("key_channels", "value_channels", "out_channels", "aux_channels"):
+        if arguments[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {arguments[name]}")
+    for name in ("value_bias", "context_first"):
+        if context != "isa" and arguments[name] not in (None, form == "reduced"):
+            raise ValueError(f"{name} is of ISA alone: leave it null with context {context}")
+
+
+def _context_module(channels: int, arguments: Mapping[str, Any]) -> nn.Module:
+    """Returns the context module, on maps of so many channels, that a network's arguments name."""
+
+    def taken(*names: str) -> dict[str, Any]:
+        return {name: arguments[name] for name in names}
+
+    common = taken("out_channels", "dropout", "negative_slope")
+    context = arguments["context"]
+    if context == "isa":
+        attention = taken("key_channels", "value_channels", "down_factors", "order")
+        ports = taken("mask_padding", "value_bias", "context_first")
+        return ISAModule(channels, **attention, **ports, **common)
+    if context in ("dense", "dense_sdpa"):
+        return DenseAttention(
+            channels, **taken("key_channels"), **common, sdpa=context == "dense_sdpa"
+        )
+    return OTHER_CONTEXTS[context](channels, **common)
 
 
 def _timm_name(key: str) -> str:
