@@ -24,6 +24,7 @@ from isanet_pl.errors import InputError, find_input_error
 from isanet_pl.explain import explain, less_memory, out_of_memory
 from isanet_pl.export import SegmentationTrainer
 from isanet_pl.exported import OnnxNetwork
+from isanet_pl.hardware import precision_in_hardware
 from isanet_pl.messages import configure_messages
 from isanet_pl.module import SegmentationModule
 from isanet_pl.options import (
@@ -191,6 +192,14 @@ class SegmentationCLI(LightningCLI):
         if config.ema_decay is not None and self.subcommand == "fit":
             # First: others then find the average of this step, not of the one before.
             trainer.callbacks.insert(0, ExponentialAverage(config.ema_decay))  # type: ignore[attr-defined]
+        device = trainer.strategy.root_device
+        precision = precision_in_hardware(trainer.precision, device)
+        if precision != trainer.precision and trainer.is_global_zero:
+            log.warning(
+                "this %s has no instructions for bfloat16: --trainer.precision %s is several times "
+                "as fast as %s",
+                *("GPU" if device.type == "cuda" else "CPU", precision, trainer.precision),
+            )
         return trainer
 
     def _loggers(self, config: Any) -> list[Logger]:

@@ -1,4 +1,4 @@
-"""The machine that a run is on: cores, memory, names."""
+"""The machine that a run is on: cores, memory, arithmetic, names."""
 
 import os
 import platform
@@ -32,6 +32,30 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     unit = 1 if sys.platform == "darwin" else 1024  # bytes or KiB
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"memory/peak_gib": used / 2**30}
+
+
+def precision_in_hardware(wanted: str, device: torch.device) -> str:
+    """Returns the precision to take for one that is wanted: itself, unless a device emulates it.
+
+    Emulated bfloat16 takes several times as long as the precision named instead.
+
+    Args:
+        wanted: One of Lightning's, such as `bf16-mixed`.
+        device: What computes.
+    """
+    if wanted != "bf16-mixed" or _has_bfloat16(device):
+        return wanted
+    return "16-mixed" if device.type == "cuda" else "32-true"
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Returns whether a device has instructions for bfloat16; True where PyTorch cannot tell."""
+    if device.type == "cuda":  # from Ampere on
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # newer than torch 2.8
+        return True
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is Arm's
 
 
 def processor() -> str:

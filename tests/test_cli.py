@@ -88,6 +88,18 @@ def test_fit_leaves_everything_in_its_run_folder(trained):
     assert set(results["scores"]) >= {"miou", "macc", "aacc", "iou/background", "iou/red"}
 
 
+def test_a_precision_that_the_processor_emulates_is_named(tiny, tmp_path, caplog, monkeypatch):
+    found = {"avx512_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    precision = ["--trainer.precision", "bf16-mixed", "--trainer.accelerator", "cpu"]
+    run("fit", tiny, tmp_path, *precision, "--trainer.fast_dev_run", 1)
+    assert "--trainer.precision 32-true is several times as fast as bf16-mixed" in caplog.text
+    caplog.clear()
+    found["avx512_bf16"] = True
+    run("fit", tiny, tmp_path, *precision, "--trainer.fast_dev_run", 1)
+    assert "several times" not in caplog.text
+
+
 def test_saved_config_is_complete_and_runs_again_in_a_new_folder(trained, tmp_path):
     saved = yaml.safe_load((trained / "config.yaml").read_text())
     assert saved["model"]["network"]["mean"] == [123.675, 116.28, 103.53]

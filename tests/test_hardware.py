@@ -4,9 +4,16 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
-from isanet_pl.hardware import describe_machine, num_cores, peak_memory, processor
+from isanet_pl.hardware import (
+    describe_machine,
+    num_cores,
+    peak_memory,
+    precision_in_hardware,
+    processor,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:1")
 
@@ -40,6 +47,38 @@ def test_a_gpu_is_named_only_by_a_run_that_uses_it(monkeypatch):
     assert describe_machine(CPU, 2) == f"6 cores of {processor()}"
     assert peak_memory(GPU) == {"memory/gpu_peak_gib": 1.0}
     assert list(peak_memory(CPU)) == ["memory/peak_gib"]
+
+
+@pytest.mark.parametrize(
+    ("found", "precision"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, "32-true"),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": True}, "bf16-mixed"),
+        ({"amx_bf16": True}, "bf16-mixed"),
+        ({"neon": True, "bf16": False}, "32-true"),
+        ({"neon": True, "bf16": True}, "bf16-mixed"),
+    ],
+)
+def test_a_cpu_that_would_emulate_bfloat16_takes_fp32(found, precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert precision_in_hardware("bf16-mixed", CPU) == precision
+    assert precision_in_hardware("32-true", CPU) == "32-true"
+
+
+@pytest.mark.parametrize(("major", "precision"), [(7, "16-mixed"), (8, "bf16-mixed")])
+def test_a_gpu_that_would_emulate_bfloat16_takes_fp16(major, precision, monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation: including_emulation or major > 7,
+    )
+    assert precision_in_hardware("bf16-mixed", GPU) == precision
+    assert precision_in_hardware("16-mixed", GPU) == "16-mixed"
+
+
+def test_a_pytorch_that_cannot_tell_takes_what_was_wanted(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert precision_in_hardware("bf16-mixed", CPU) == "bf16-mixed"
 
 
 def test_cores_are_those_that_the_process_may_use(monkeypatch):

@@ -434,6 +434,18 @@ def test_no_config_is_written_for_data_that_are_not_fit(tmp_path, monkeypatch, c
     assert not (tmp_path / "mine.yaml").exists()
 
 
+def test_a_cpu_without_bfloat16_trains_in_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    machine = find_machine("cpu", 16)
+    assert machine == Machine("cpu", 16e9, precision="32-true")
+    plain, _ = suggest(make_fingerprint(UNIFORM["camvid"]), CPU)
+    single, text = suggest(make_fingerprint(UNIFORM["camvid"]), machine)
+    assert plain["trainer"]["precision"] == "bf16-mixed"
+    assert single["trainer"]["precision"] == "32-true"
+    assert "no instructions for bfloat16" in text
+    assert machine.room(11) < CPU.room(11)
+
+
 def test_machines_are_found_or_described(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert find_machine("cuda", 11) == Machine("cuda", 11e9, 1)

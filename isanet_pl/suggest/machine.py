@@ -9,11 +9,16 @@ from typing import Any, Literal
 import torch
 
 from isanet_pl.errors import InputError
+from isanet_pl.hardware import precision_in_hardware
 
 Device = Literal["cpu", "cuda"]
 
 MEMORY_SHARE = 0.85
 """Of the memory; the rest is for other processes and for what lies between allocations."""
+
+
+SINGLE_PRECISION_MEMORY = 1.5
+"""How much more a pixel takes in fp32, measured for the CPU's recipe; the logits are fp32 anyway."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Recipe:
 
     Attributes:
         network: Arguments of ISANet.
-        pixel_bytes: Memory that a training step takes for each pixel of its crops.
+        pixel_bytes: Memory that a training step takes for each pixel of its crops, in bf16.
         class_bytes: The same for each pixel and class.
         fixed_bytes: Weights, copies, gradients, optimiser; on a GPU also what CUDA takes.
         crop_pixels: Area of the largest crop.
@@ -94,11 +99,13 @@ class Machine:
         device: Its kind.
         memory: Bytes of one device, or of the computer.
         num_devices: How many GPUs there are.
+        precision: The one to train in.
     """
 
     device: Device
     memory: float
     num_devices: int = 1
+    precision: str = "bf16-mixed"
 
     @property
     def recipe(self) -> Recipe:
@@ -119,7 +126,8 @@ class Machine:
         return self.recipe.fixed_bytes + pixels * self._pixel_bytes(num_classes)
 
     def _pixel_bytes(self, num_classes: int) -> float:
-        return self.recipe.pixel_bytes + num_classes * self.recipe.class_bytes
+        factor = SINGLE_PRECISION_MEMORY if self.precision == "32-true" else 1
+        return factor * self.recipe.pixel_bytes + num_classes * self.recipe.class_bytes
 
 
 def find_machine(device: Device | None = None, gigabytes: float | None = None) -> Machine:
@@ -142,7 +150,10 @@ def find_machine(device: Device | None = None, gigabytes: float | None = None) -
         memory = torch.cuda.get_device_properties(0).total_memory
     else:
         raise InputError("no GPU was found: say how many GB yours has with --memory")
-    return Machine(device, memory, torch.cuda.device_count() if device == "cuda" and here else 1)
+    if device == "cuda" and not here:
+        return Machine(device, memory)
+    count = torch.cuda.device_count() if device == "cuda" else 1
+    return Machine(device, memory, count, precision_in_hardware("bf16-mixed", torch.device(device)))
 
 
 def _memory() -> float:
