@@ -1,6 +1,7 @@
 """Exponential moving average of the weights."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -38,7 +39,14 @@ class ExponentialAverage(WeightAveraging):
         # The module is still on the CPU: an average there would have to fetch all weights at each
         # step.
         self._device = trainer.strategy.root_device
-        super().setup(trainer, pl_module, stage)
+        # The average is a copy of the module. What makes the optimiser leads to the command line's
+        # trainer, which holds the processes of a run on several devices: they cannot be copied.
+        module: Any = pl_module
+        optimizer, module.optimizer = module.optimizer, None
+        try:
+            super().setup(trainer, pl_module, stage)
+        finally:
+            module.optimizer = optimizer
 
     @torch.no_grad()
     def _update(

@@ -47,12 +47,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             InputError: The file is damaged, holds anything but data, or is no checkpoint.
         """
         content = read_checkpoint(path)
-        if not isinstance(content, dict) or not content.keys() >= WRITTEN_BY_LIGHTNING:
-            raise InputError(
-                f"{path} is no checkpoint of isanet-pl; weights of other projects become one with "
-                "scripts/convert_checkpoint.py, those of a backbone go to "
-                "--model.network.weights_path"
-            )
+        if not content.keys() >= WRITTEN_BY_LIGHTNING:
+            raise _no_checkpoint(path)
         return content
 
 
@@ -60,16 +56,25 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Returns the content of a checkpoint, on the CPU.
 
     Raises:
-        InputError: The file is damaged, or holds anything but data.
+        InputError: The file is damaged, holds anything but data, or is no checkpoint.
     """
     try:
         # Pages of the file, not a copy: some callers look at a few numbers only.
-        content: dict[str, Any] = torch.load(path, "cpu", weights_only=True, mmap=True)
+        content: Any = torch.load(path, "cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a damaged file makes torch do
         raise InputError(
             f"{path} is damaged, or holds more than data: nothing in it was executed; give another"
         ) from error
+    if not isinstance(content, dict):
+        raise _no_checkpoint(path)
     return content
+
+
+def _no_checkpoint(path: str | Path) -> InputError:
+    return InputError(
+        f"{path} is no checkpoint of isanet-pl; weights of other projects become one with "
+        "scripts/convert_checkpoint.py, those of a backbone go to --model.network.weights_path"
+    )
 
 
 def save_whole(content: Any, path: Path) -> None:

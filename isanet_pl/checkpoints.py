@@ -2,10 +2,12 @@
 
 import json
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from isanet_pl.errors import InputError
 from isanet_pl.exported import read_metadata
@@ -97,8 +99,28 @@ def config_of(path: str, command: str) -> dict[str, Any]:
     }
 
 
+def _values_of(args: Sequence[str], *names: str) -> list[str]:
+    """Returns the values of an option, which may have several names, in arguments."""
+    following = [*args[1:], ""]
+    pairs = [
+        part.split("=", 1) if "=" in part else [part, after]
+        for part, after in zip(args, following, strict=True)
+    ]
+    return [value for name, value in pairs if name in names]
+
+
+def _read_config(text: str) -> Mapping[str, Any]:
+    """Returns a config, a file or YAML; nothing of one that is broken, which the parser tells."""
+    try:
+        path = Path(text)
+        content = yaml.safe_load(path.read_text("utf-8") if path.is_file() else text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, Mapping) else {}
+
+
 def with_config_of_checkpoint(args: list[str]) -> list[str]:
-    """Returns the arguments, with the checkpoint's config in front if they name no config.
+    """Returns the arguments, with the checkpoint's config in front if theirs has no network.
 
     Args:
         args: Of a command that needs trained weights, the command first.
@@ -107,11 +129,13 @@ def with_config_of_checkpoint(args: list[str]) -> list[str]:
         InputError: The file that they name is no checkpoint of this project.
     """
     options = [part.split("=", 1)[0] for part in args]
-    if "--config" in options or "-c" in options or "--ckpt_path" not in options:
+    paths = _values_of(args, "--ckpt_path")
+    given = [_read_config(text) for text in _values_of(args, "--config", "-c")]
+    if not paths or any("model" in config for config in given):
         return args
-    at = options.index("--ckpt_path")
-    path = args[at].split("=", 1)[1] if "=" in args[at] else "".join(args[at + 1 : at + 2])
-    config = config_of(path, args[0])
+    config = config_of(paths[0], args[0])
+    if any("data" in config for config in given):
+        options.append("--data")
     if args[0] in ("predict", "export") and "--data" not in options:
         return [args[0], "--config", json.dumps(config), *args[1:]]
     # The user's data set knows its classes; images come to the size that was trained for.

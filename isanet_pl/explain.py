@@ -40,7 +40,7 @@ def explain(error: Exception) -> InputError | None:
             "set --data.batch_size 2 or more, --trainer.sync_batchnorm true on several GPUs, or "
             f"--model.freeze_bn true ({error})"
         )
-    if isinstance(error, ValueError) and "SyncBatchNorm expected" in str(error):
+    if isinstance(error, ValueError) and "SyncBatchNorm" in str(error):
         return InputError(f"--trainer.sync_batchnorm true needs GPUs ({error})")
     if isinstance(error, MisconfigurationException | ValueError) and _comes_from(
         error, "lightning"

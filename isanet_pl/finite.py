@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Returns whether no element is NaN or infinite; one wait for the device, however many."""
+def largest(tensors: Iterable[Tensor]) -> Tensor:
+    """Returns the largest absolute value, finite where all are; it waits for no device."""
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
-    return bool(get_total_norm(floats, norm_type=torch.inf).isfinite())
+    return get_total_norm(floats, norm_type=torch.inf)
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 """Where a run keeps its checkpoints; made by `fit` alone."""
 LAST = "last.ckpt"
+ASK_EVERY = 10
+"""Steps after which processes ask each other whether one was told to stop: they wait for it."""
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a process that SIGTERM has ended, by convention."""
 
@@ -216,17 +218,22 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Saves, if it is time to and the step has no validation to come."""
         self.stepped, self.step = trainer.global_step != self.step, trainer.global_step
-        self.stopping = trainer.strategy.reduce_boolean_decision(self.asked_to_stop, all=False)
-        if self.stopping:
-            asked = self.asked_to_requeue
-            self.requeueing = trainer.strategy.reduce_boolean_decision(asked, all=False)
         loop = trainer.fit_loop
         last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
         ends = self.step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
         ends = ends or (trainer.should_stop and loop._can_stop_early)  # its time is over
-        due = self.stopping or ends or self.step % self.every_n_steps == 0
+        due = ends or self.step % self.every_n_steps == 0
+        if due or trainer.world_size == 1 or self.step % ASK_EVERY == 0:
+            self._agree_on_stopping(trainer)
+        due = due or self.stopping
         if due and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
             self._save(trainer)
+
+    def _agree_on_stopping(self, trainer: pl.Trainer) -> None:
+        decide = trainer.strategy.reduce_boolean_decision
+        self.stopping = decide(self.asked_to_stop, all=False)
+        if self.stopping:
+            self.requeueing = decide(self.asked_to_requeue, all=False)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves, after the best checkpoint."""

@@ -9,6 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Returns the mean of a tensor over all ranks, without a gradient; itself where there is one.
+
+    Nothing waits for it: Lightning's `sync_dist` stops every rank at a barrier first.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    mean = value.detach().clone()
+    dist.all_reduce(mean)
+    return mean / dist.get_world_size()
+
+
 @final
 class SegmentationLoss(nn.Module):
     """Returns the cross-entropy of the main and, weighted, of the auxiliary logits.
@@ -94,18 +106,16 @@ class SegmentationLoss(nn.Module):
             # Any class will do at ignored pixels: they are multiplied by zero.
             weights = self.class_weights[target.clamp(0, num_classes - 1)] * counted
         counted_weight = weights.sum()
-        if self.training and dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counted_weight)
-            counted_weight /= dist.get_world_size()
+        if self.training:
+            counted_weight = mean_over_ranks(counted_weight)
         tiny = torch.finfo(torch.float32).tiny
         return (losses * weights).sum() / counted_weight.clamp(min=tiny)
 
     def _is_hard(self, losses: Tensor, counted: Tensor) -> Tensor:
         """Returns a bool map: probability at most the threshold, or among the hardest."""
         assert self.ohem_threshold is not None
-        probability = (-losses).exp()
-        valid = probability[counted]
-        if valid.numel() == 0:
-            return counted
-        kept = min(max(self.ohem_min_kept, 1), valid.numel())
-        return probability <= valid.kthvalue(kept).values.clamp(min=self.ohem_threshold)
+        # Those that do not count come last. Taking them out would have to wait for a GPU.
+        probability = (-losses).exp().masked_fill(~counted, 2.0).flatten()
+        kept = min(max(self.ohem_min_kept, 1), probability.numel())
+        threshold = probability.kthvalue(kept).values.clamp(min=self.ohem_threshold)
+        return (probability <= threshold).view_as(counted)

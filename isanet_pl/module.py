@@ -18,9 +18,9 @@ from torchmetrics import MeanMetric
 from isanet_pl.agreement import check_agreement
 from isanet_pl.errors import InputError
 from isanet_pl.explain import SLIDING, out_of_memory
-from isanet_pl.finite import all_finite, first_not_finite
+from isanet_pl.finite import first_not_finite, largest
 from isanet_pl.inference import Inference
-from isanet_pl.losses import SegmentationLoss
+from isanet_pl.losses import SegmentationLoss, mean_over_ranks
 from isanet_pl.metrics import SegmentationMetrics
 from isanet_pl.models import ISANet, fuse_for_inference
 from isanet_pl.optimisation import StepImages, fit_lr_to_batch, poly_schedule
@@ -120,6 +120,7 @@ class SegmentationModule(pl.LightningModule):
         object.__setattr__(self, "compiled", None)
         self.loaded_step = 0
         self.seen: list[str] = []  # the images behind the gradients of now
+        self.seen_losses: list[Tensor] = []  # of their batches
         self.metrics = nn.ModuleDict(
             {
                 stage: SegmentationMetrics(num_classes, self.class_names, loss.ignore_index)
@@ -178,37 +179,39 @@ class SegmentationModule(pl.LightningModule):
             self.on_test_start()
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Returns the loss of a batch.
-
-        Raises:
-            InputError: The loss is not finite.
-        """
+        """Returns the loss of a batch."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.seen.clear()
-        self.seen += batch["name"]
+            self.seen_losses.clear()
         loss: Tensor = self.loss(self._forward(batch["image"]), batch["mask"])
-        # The mean over all processes: see `SegmentationLoss`.
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        if not loss.isfinite():
-            self._stop(f"the loss is {loss.item()}")
+        self.seen += batch["name"]
+        self.seen_losses.append(loss.detach())
+        self.log("train/loss", mean_over_ranks(loss), prog_bar=True)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the norm of the gradient, before clipping; stops if something is not finite.
 
         Raises:
-            InputError: A gradient or a statistic of BatchNorm is NaN or infinite.
+            InputError: The loss, a gradient or a statistic of BatchNorm is NaN or infinite.
         """
         gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
         norm = torch.nn.utils.get_total_norm(list(gradients.values()))
         self.log("train/grad_norm", norm)
+        # A variance may overflow under a loss that does not, and would never recover.
+        statistics = dict(self.named_buffers())
+        numbers = torch.stack([*self.seen_losses, norm, largest(statistics.values())])
+        if numbers.isfinite().all():  # the one wait of a step for the device
+            return
+        for loss in self.seen_losses:
+            if not loss.isfinite():
+                self._stop(f"the loss is {loss.item()}")
         # The gradient scaler of 16-mixed expects overflows and skips the step.
         if self.trainer.precision != "16-mixed" and not norm.isfinite():
             self._stop(f"a gradient is not finite ({first_not_finite(gradients)})")
-        # A variance may overflow under a loss that does not, and would never recover.
-        statistics = dict(self.named_buffers())
-        if not all_finite(statistics.values()):
-            self._stop(f"a statistic is not finite ({first_not_finite(statistics)})")
+        wrong = first_not_finite(statistics)
+        if wrong is not None:
+            self._stop(f"a statistic is not finite ({wrong})")
 
     def _stop(self, reason: str) -> None:
         seen = f" on {', '.join(self.seen)}" if self.seen else ""

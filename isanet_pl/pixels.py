@@ -11,15 +11,16 @@ def rgb_pixels(image: Image.Image) -> Tensor:
     """Returns a PIL image as uint8 (3, H, W) RGB.
 
     Raises:
-        ValueError: Its numbers are no brightness: floating point, or 32 bits of which only the
-            lowest 8 are used.
+        ValueError: Its numbers are no brightness: floating point, or grey values of more than 8
+            bits of which only the lowest 8 are used.
     """
-    if image.mode == "F" or (image.mode == "I" and 0 < image.getextrema()[1] < 256):  # type: ignore[operator]
+    deep = image.mode.startswith("I")  # 16 or 32 bits
+    if image.mode == "F" or (deep and 0 < image.getextrema()[1] < 256):  # type: ignore[operator]
         raise ValueError(
-            f"pixels of mode {image.mode} (32 bits) do not say what is white: convert the image to "
-            "8 bits a channel, or to grey values of 16 bits"
+            f"pixels of mode {image.mode} do not say what is white: convert the image to 8 bits a "
+            "channel, or to grey values that use all 16 bits"
         )
-    if image.mode.startswith("I"):  # 16 bits: keep the upper eight, convert() would clip
+    if deep:  # 16 bits: keep the upper eight, convert() would clip
         grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
         return torch.from_numpy(grey).expand(3, -1, -1).contiguous()
     pixels: Tensor = pil_to_tensor(image.convert("RGB"))

@@ -26,7 +26,6 @@ class RankWatch(pl.Callback):
     """
 
     def __init__(self) -> None:
-        # No Event: an average of the weights starts as a copy of the module, trainer and all.
         self._ended = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from isanet_pl.models import ISANet
@@ -50,13 +51,16 @@ def gmacs_of_parts(network: ISANet, height: int, width: int) -> dict[str, float]
         height: Of the image, in pixels.
         width: Of the image, in pixels.
     """
-    shapes: Any = copy.deepcopy(network).to("meta").train()
-    images = torch.empty(2, 3, height, width, device="meta")  # BatchNorm on pooled maps needs two
+    shapes: Any = copy.deepcopy(network).to("meta").train()  # with the auxiliary head
+    for module in shapes.modules():
+        # In training it wants several values of a channel, and on several GPUs all processes.
+        if isinstance(module, _BatchNorm):
+            module.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shapes(images)
+        shapes(torch.empty(1, 3, height, width, device="meta"))
     counts = counter.get_flop_counts()
     return {
-        name: sum(counts.get(f"{type(network).__name__}.{name}", {}).values()) / len(images) / 2e9
+        name: sum(counts.get(f"{type(network).__name__}.{name}", {}).values()) / 2e9
         for name, _ in network.named_children()
     }
 

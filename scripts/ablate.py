@@ -94,13 +94,11 @@ def plan(options: argparse.Namespace) -> list[Cell]:
 
 def share_of_machine(slot: int, jobs: int) -> dict[str, str]:
     """Returns the environment that gives the run in a slot its GPU, or its share of the cores."""
-    if jobs == 1:
-        return {}
     if torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
-    return {"OMP_NUM_THREADS": str(max(1, num_cores() // jobs))}
+    return {"OMP_NUM_THREADS": str(max(1, num_cores() // jobs))} if jobs > 1 else {}
 
 
 class Grid:
@@ -148,7 +146,11 @@ class Grid:
         while self.waiting:
             cell = self.waiting.popleft()
             try:
-                attempt = Attempt(cell, self.configs[cell], share_of_machine(slot, self.jobs))
+                config = self.configs[cell]
+                # A run that wants several GPUs finds them all.
+                whole = config["trainer"]["devices"] not in ("auto", 1, "1")
+                share = {} if whole else share_of_machine(slot, self.jobs)
+                attempt = Attempt(cell, config, share)
             except CellInUse:
                 self.say(f"{cell.name}: left out, another process runs it")
                 self.failures[cell.name] = ["another process runs it"]

@@ -324,6 +324,8 @@ def test_several_runs_share_the_machine(monkeypatch):
     assert devices == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert share_of_machine(1, jobs=2) == {"CUDA_VISIBLE_DEVICES": "5"}
+    # One run at a time trains on one GPU as well: a batch stays what the config says.
+    assert share_of_machine(0, jobs=1) == {"CUDA_VISIBLE_DEVICES": "3"}
 
 
 def test_the_time_left_follows_from_the_steps_done(tmp_path):

@@ -88,6 +88,21 @@ def test_fit_leaves_everything_in_its_run_folder(trained):
     assert set(results["scores"]) >= {"miou", "macc", "aacc", "iou/background", "iou/red"}
 
 
+def test_a_data_set_that_is_not_named_is_asked_for(trained, tmp_path):
+    checkpoint = trained / "checkpoints" / "last.ckpt"
+    for arguments in (["fit", "--trainer.max_steps", "1"], ["validate", "--ckpt_path", checkpoint]):
+        with pytest.raises(InputError, match="no data set is named: --data NAME"):
+            main([*map(str, arguments), "--data.root", str(tmp_path)])
+
+
+def test_a_file_of_something_else_is_no_checkpoint(tiny, tmp_path):
+    path = tmp_path / "list.ckpt"
+    torch.save([1, 2], path)
+    for command, *more in (["fit", "--wandb", "offline"], ["export"], ["validate"]):
+        with pytest.raises(InputError, match="no checkpoint of isanet-pl"):
+            run(command, tiny, tmp_path, "--ckpt_path", path, *more)
+
+
 def test_a_precision_that_the_processor_emulates_is_named(tiny, tmp_path, caplog, monkeypatch):
     found = {"avx512_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)

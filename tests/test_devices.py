@@ -129,6 +129,21 @@ def test_two_processes_train_and_score_as_one(folder, alone):
 
 
 @pytest.mark.slow
+def test_two_processes_average_weights_as_one(folder):
+    options = ("--ema_decay", 0.9, "--trainer.max_steps", 10)
+    one = fit_alone(folder, "average", *options) / "checkpoints" / "last.ckpt"
+    options += ("--config", "tiny.yaml", "--name", "averages", "--data.batch_size", 2)
+    done = run("fit", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = folder / "runs" / "averages" / "version_0" / "checkpoints" / "last.ckpt"
+    ours, theirs = read_checkpoint(one), read_checkpoint(two)
+    for name, tensor in ours["state_dict"].items():
+        assert torch.allclose(theirs["state_dict"][name], tensor, rtol=0, atol=1e-5), name
+    raw = ours["current_model_state"]
+    assert any(not torch.equal(raw[name], tensor) for name, tensor in ours["state_dict"].items())
+
+
+@pytest.mark.slow
 def test_two_processes_start_a_run_from_a_checkpoint_of_another_of_its_name(folder, alone):
     options = ("--name", "alone", "--ckpt_path", alone / "checkpoints" / "last.ckpt")
     options += ("--data.batch_size", 2, "--trainer.max_steps", STEPS + 10)

@@ -247,7 +247,9 @@ def test_sixteen_bit_grey_keeps_its_upper_eight_bits(tmp_path):
     assert displayed_size(tmp_path / "a.png") == (2, 3)
 
 
-@pytest.mark.parametrize(("dtype", "mode"), [(np.float32, "F"), (np.int32, "I")])
+@pytest.mark.parametrize(
+    ("dtype", "mode"), [(np.float32, "F"), (np.int32, "I"), (np.uint16, "I;16")]
+)
 def test_numbers_that_are_no_brightness_are_refused(tmp_path, dtype, mode):
     """They would all be black."""
     Image.fromarray(np.array([[0, 1], [1, 0]], dtype=dtype)).save(tmp_path / "a.tif")

@@ -5,9 +5,11 @@ from typing import get_args
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from isanet_pl.inference import Inference, window_starts
 from isanet_pl.models import ISANet
@@ -317,3 +319,16 @@ def test_the_parts_of_a_network_add_up_to_its_arithmetic(form, context):
     assert sum(parts.values()) == pytest.approx(whole)
     assert network.training
     assert {p.device.type for p in network.parameters()} == {"cpu"}
+
+
+def test_the_arithmetic_of_a_network_with_synchronised_norms(tmp_path):
+    # In training, with a process group, they take GPUs alone and talk to the other processes.
+    network = ISANet(3, "resnet18", context="ppm", aux_head=True, aux_channels=8)
+    plain = gmacs_of_parts(network, 41, 64)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/a", rank=0, world_size=1)
+    try:
+        synced = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        assert gmacs_of_parts(synced, 41, 64) == plain
+        assert Inference().count_gmacs(synced.eval(), 41, 64) > 0
+    finally:
+        dist.destroy_process_group()

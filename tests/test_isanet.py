@@ -1,6 +1,7 @@
 """The network in both forms, its backbone and the loading of weights."""
 
 import copy
+import json
 import logging
 import os
 from pathlib import Path
@@ -466,6 +467,13 @@ def test_wrapped_weights_load(network, direct, weights, tmp_path, wrapper):
     torch.save({wrapper: part, "epoch": 3}, tmp_path / "wrapped.pth")
     network.load_file(tmp_path / "wrapped.pth")
     assert_loaded(network, part, direct)
+
+
+def test_whole_numbers_of_the_normalisation_are_as_a_config_has_them():
+    small = {"last_stage": 1, "context": "none", "out_channels": 4}
+    network = ISANet(3, "resnet18", **small, mean=(1, 2, 3), std=(1, 1, 1))
+    assert json.dumps(network.arguments["mean"]) == "[1.0, 2.0, 3.0]"
+    assert json.dumps(network.arguments["std"]) == "[1.0, 1.0, 1.0]"
 
 
 def test_half_precision_weights_load(network, direct, weights, tmp_path):

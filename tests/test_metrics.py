@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from isanet_pl.metrics import SegmentationMetrics
 
@@ -46,6 +47,24 @@ def test_by_hand():
     # mIoU (2/3 + 1/2) / 2 = 7/12 = 0.583333, mAcc (1 + 1/2) / 2, 3 of 4 pixels right
     expected = (0.583333, 3 / 4, 3 / 4, [2 / 3, 1 / 2, math.nan, math.nan])
     assert_scores(metrics.compute(), expected, ["sky", "road", "car", "tree"])
+
+
+def test_deterministic_algorithms_count_the_same():
+    prediction = torch.randint(0, 5, (2, 30, 40))
+    target = torch.randint(0, 6, (2, 30, 40))
+    target[target == 5] = 255
+    found = []
+    for deterministic in (False, True):
+        metrics = SegmentationMetrics(5)
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            metrics.update(prediction, target)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        found.append(metrics.confmat)
+    expected = MulticlassConfusionMatrix(5, ignore_index=255)(prediction, target)
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], expected)
 
 
 def test_confusion_matrix_of_the_last_compute_outlives_reset():

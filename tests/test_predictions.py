@@ -487,6 +487,23 @@ def test_the_users_base_size_wins_over_the_checkpoints(tmp_path, option):
         assert with_config_of_checkpoint([*arguments, *given])[-len(given) :] == given
 
 
+def test_options_in_a_file_leave_the_checkpoint_its_network(photos, tmp_path):
+    path = write_checkpoint(tmp_path / "a.ckpt")
+    (tmp_path / "more.yaml").write_text("predictions: {probabilities: true}\n")
+    arguments = ["predict", "--config", str(tmp_path / "more.yaml"), "--ckpt_path", str(path)]
+    arguments += ["--data.predict_dir", str(photos), "--output", str(tmp_path / "out")]
+    main([*arguments, "--data.num_workers", "0", "--trainer.accelerator", "cpu"])
+    assert any((tmp_path / "out" / "probabilities").iterdir())
+
+
+def test_a_config_of_a_network_is_taken_instead_of_the_checkpoints(tmp_path):
+    path = write_checkpoint(tmp_path / "a.ckpt")
+    (tmp_path / "whole.yaml").write_text("model: {network: {context: none}}\n")
+    for config in (["-c", str(tmp_path / "whole.yaml")], ["--config={model: {}}"]):
+        arguments = ["predict", *config, "--ckpt_path", str(path)]
+        assert with_config_of_checkpoint(arguments) == arguments
+
+
 def test_left_and_right_classes_travel_with_the_checkpoint(photos, tmp_path):
     path = write_checkpoint(tmp_path / "a.ckpt", inference={"mirrored_classes": [[1, 2]]})
     cli = predict(path, photos, tmp_path / "out", "--model.inference.flip", "true")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
 from isanet_pl.data.broken import BrokenFiles
@@ -112,6 +113,8 @@ class SegmentationDataModule(pl.LightningDataModule):
         train_on_val: bool = False,
     ) -> None:
         super().__init__()
+        if type(self) is SegmentationDataModule:
+            raise InputError("no data set is named: --data NAME --data.root DIR, as --data CamVid")
         if batch_size < 1 or eval_batch_size < 1:
             raise InputError(f"batch sizes must be at least 1: {batch_size}, {eval_batch_size}")
         if num_workers is not None and num_workers < 0:
@@ -208,7 +211,7 @@ class SegmentationDataModule(pl.LightningDataModule):
             train = self._datasets["train"]
             assert isinstance(train, Sized)
             if self.train_on_val:
-                log.warning(
+                rank_zero_only(log.warning)(
                     "train_on_val: the validation images are trained on, val scores measure "
                     "nothing: take last.ckpt, not best.ckpt"
                 )

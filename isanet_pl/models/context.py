@@ -236,4 +236,9 @@ class RecurrentCrissCross(nn.Module):
 
 def _enlarge(x: Tensor, like: Tensor) -> Tensor:
     """Returns a pooled map at the size of another."""
-    return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+    size = like.shape[2:]
+    if x.shape[2:] == (1, 1):
+        return x.expand(-1, -1, *size)
+    # GPUs sum the gradient of each input pixel in the input's type: of thousands of addends, 16
+    # bits would lose most.
+    return F.interpolate(x.float(), size, mode="bilinear", align_corners=False).to(x.dtype)

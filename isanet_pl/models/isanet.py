@@ -132,6 +132,8 @@ class ISANet(nn.Module):
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        # As a config has them, that a checkpoint is compared with: 1 and 1.0 are one number.
+        arguments |= {"mean": [float(m) for m in mean], "std": [float(s) for s in std]}
         super().__init__()
         _check(arguments)
         reduced = form == "reduced"
@@ -314,7 +316,7 @@ class ISANet(nn.Module):
         except Exception as error:
             raise ValueError(f"{path} is not a checkpoint of isanet-pl: {error!r}") from error
         network.inference = inference
-        return network.eval()
+        return network.eval().to(memory_format=torch.channels_last)  # as `normalise` gives images
 
 
 def _check(arguments: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ MEMORY_SHARE = 0.85
 
 
 SINGLE_PRECISION_MEMORY = 1.5
-"""How much more a pixel takes in fp32, measured for the CPU's recipe; the logits are fp32 anyway."""
+"""How much more a pixel takes in fp32, measured for the CPU's recipe."""
 
 
 @dataclass(frozen=True)
