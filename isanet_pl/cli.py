@@ -14,10 +14,17 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from isanet_pl.agreement import check_classes
-from isanet_pl.averaging import ExponentialAverage
+from isanet_pl.callbacks.averaging import ExponentialAverage
+from isanet_pl.callbacks.dashboards import ClassScores
+from isanet_pl.callbacks.predictions import PredictionWriter
+from isanet_pl.callbacks.progress import ProgressBar
+from isanet_pl.callbacks.ranks import RankWatch
+from isanet_pl.callbacks.results import ResultTable
+from isanet_pl.callbacks.run_config import RunConfig
+from isanet_pl.callbacks.summary import NetworkSummary
+from isanet_pl.callbacks.wandb_run import resolve_mode, wandb_logger
 from isanet_pl.checkpoint_io import AtomicCheckpointIO
 from isanet_pl.checkpoints import check_file, is_onnx, with_config_of_checkpoint
-from isanet_pl.dashboards import ClassScores
 from isanet_pl.data import SegmentationDataModule
 from isanet_pl.data.files import IGNORE
 from isanet_pl.errors import InputError, find_input_error
@@ -33,15 +40,8 @@ from isanet_pl.options import (
     check_checkpoint_options,
     link_data,
 )
-from isanet_pl.predictions import PredictionWriter
-from isanet_pl.progress import ProgressBar
-from isanet_pl.ranks import RankWatch
-from isanet_pl.results import ResultTable
 from isanet_pl.resume import continue_metrics, find_run
-from isanet_pl.run_config import RunConfig
 from isanet_pl.run_folder import new_run_folder
-from isanet_pl.summary import NetworkSummary
-from isanet_pl.wandb_run import resolve_mode, wandb_logger
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from isanet_pl.callbacks.ranks import HINT
 from isanet_pl.errors import InputError, find_input_error
-from isanet_pl.ranks import HINT
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when a disk, a user's share of it, or a file is full."""

@@ -5,12 +5,12 @@ from typing import Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
-from isanet_pl.dashboards import PredictionPanels
+from isanet_pl.callbacks.dashboards import PredictionPanels
+from isanet_pl.callbacks.last_checkpoint import LastCheckpoint
+from isanet_pl.callbacks.predictions import PredictionWriter
+from isanet_pl.callbacks.progress import Progress
+from isanet_pl.callbacks.wandb_run import Mode, WandbRun
 from isanet_pl.errors import InputError
-from isanet_pl.last_checkpoint import LastCheckpoint
-from isanet_pl.predictions import PredictionWriter
-from isanet_pl.progress import Progress
-from isanet_pl.wandb_run import Mode, WandbRun
 
 
 def add_run_options(parser: LightningArgumentParser) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
+from isanet_pl.callbacks.last_checkpoint import FOLDER, LAST
 from isanet_pl.checkpoint_io import read_checkpoint
 from isanet_pl.errors import InputError
-from isanet_pl.last_checkpoint import FOLDER, LAST
 
 log = logging.getLogger(__name__)
 

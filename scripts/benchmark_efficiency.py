@@ -7,25 +7,26 @@ memory, what training keeps for the backward pass, and the latency of inference 
 of a training step; then how cost grows with the size of the map and with the window; and whole
 networks. Writes CSV, JSON, Markdown and PNG; what --output holds already, from the same machine, is
 kept, so that the measurement can be made in several runs. On a CPU, most of what temporaries cost
-is the system's handing out of memory: run it once as it is, and once with jemalloc (README, Runs),
-which shows the arithmetic.
+is the system's handing out of memory: run it once as it is, and once with jemalloc (see
+docs/running.md), which shows the arithmetic.
 """
 
 import argparse
 import copy
 import importlib.util
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from efficiency_report import KEYS, keep, short_markdown, write
+from efficiency_report import KEYS, headline, keep, short_markdown, write
 from efficiency_tables import Row
 from measuring import alternate, conv_ceiling, gmacs, machine, peak_mib, saved_mib, spread
-from readme import write_block
+from readme import has_block, write_block
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -334,7 +335,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each head")
     parser.add_argument("--warmup", type=int, default=2, help="calls of each head before those")
     parser.add_argument("--output", type=Path, default=Path("runs/efficiency"), help="folder")
-    parser.add_argument("--readme", type=Path, help="README whose section is to be replaced")
+    parser.add_argument(
+        "--pages", type=Path, nargs="*", default=[],
+        help="pages whose blocks of tables are to be written anew; with --sizes and --growth and "
+        "nothing behind them, from what was measured before",
+    )  # fmt: skip
     return parser.parse_args()
 
 
@@ -346,31 +351,42 @@ def heap(device: str) -> str:
 
 
 def main() -> None:
-    """Measures, prints and writes; what is measured is written at once."""
+    """Measures, prints and writes."""
     args = parse()
     torch.manual_seed(0)
     sizes = [tuple(args.size)] if args.size else [(edge, edge) for edge in args.sizes]
     cells = [(d, form, size) for d in args.dtype for form in args.forms for size in sizes]
-    record = add(args)
+    if args.device == "cuda":
+        # fp32 is fp32 in convs and products alike, and convs are those that are fastest.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True
+    if cells or args.growth or args.networks:
+        measure(args, cells)
+    record = json.loads((args.output / "efficiency.json").read_text("utf-8"))
+    write(args.output, record)
+    blocks = {"efficiency": short_markdown(record), "efficiency ratios": headline(record)}
+    print(blocks["efficiency"])
+    for page in args.pages:
+        for name, text in blocks.items():
+            if has_block(page, name):
+                write_block(page, name, text)
+
+
+def measure(args: argparse.Namespace, cells: Sequence[tuple[str, str, tuple[int, int]]]) -> None:
+    """Measures what was asked for; each part is written at once."""
     for cell in track(cells, "heads", transient=True):
-        record = add(args, heads=measure_heads(args, *cell))
+        add(args, heads=measure_heads(args, *cell))
     if args.growth:
-        record = add(args, growth=measure_growth(args))
+        add(args, growth=measure_growth(args))
     if args.networks:
-        record = add(args, networks=measure_networks(args))
-    text = short_markdown(record)
-    print(text)
-    if args.readme:
-        write_block(args.readme, "efficiency", text)
+        add(args, networks=measure_networks(args))
 
 
-def add(args: argparse.Namespace, **rows: list[Row]) -> dict[str, Any]:
-    """Writes new rows to the folder; returns all that it holds."""
+def add(args: argparse.Namespace, **rows: list[Row]) -> None:
+    """Writes new rows to the folder, beside those that it holds."""
     facts = {"machine": machine(args.device), "torch": torch.__version__}
     new = {**facts, **{name: [] for name in KEYS}, **rows}
-    record = keep(args.output / "efficiency.json", new)
-    write(args.output, record)
-    return record
+    write(args.output, keep(args.output / "efficiency.json", new))
 
 
 if __name__ == "__main__":

@@ -25,16 +25,16 @@ from jsonargparse.typing import PositiveFloat
 from rich.console import Console
 from rich.progress import Progress
 
+from isanet_pl.check.facts import read_pairs
+from isanet_pl.check.fingerprint import Fingerprint, find_duplicates, summarise
+from isanet_pl.check.report import class_table, print_problems, split_table, write_report
+from isanet_pl.check.scan import scan
+from isanet_pl.check.suggest import Device, find_machine, suggest_config
+from isanet_pl.check.verdict import Problem, find_problems
 from isanet_pl.data import SegmentationDataModule
 from isanet_pl.data.dataset import code_table
-from isanet_pl.data.facts import read_pairs
 from isanet_pl.data.files import Pair
-from isanet_pl.data.fingerprint import Fingerprint, find_duplicates, summarise
-from isanet_pl.data.scan import scan
-from isanet_pl.data.verdict import Problem, find_problems
-from isanet_pl.dataset_report import class_table, print_problems, split_table, write_report
 from isanet_pl.errors import InputError
-from isanet_pl.suggest import Device, find_machine, suggest_config
 
 CHOSEN = ("batch_size", "crop_size", "scale_range", "base_size", "cat_max_ratio", "predict_dir")
 """Arguments of the data module that a suggested config chooses itself, or has no use for."""

@@ -13,6 +13,7 @@ from efficiency_tables import (
     find_ratios,
     grouped,
     head_tables,
+    headline_table,
     network_grid,
     network_table,
     ratio_summary,
@@ -58,14 +59,20 @@ def _measured_on(record: dict[str, Any]) -> str:
     return f"Measured on {record['machine']}, torch {record['torch']}."
 
 
+def headline(record: dict[str, Any]) -> str:
+    """Returns Markdown for the README: how much faster ISA is, in a few lines."""
+    return f"{headline_table(record['heads'])}\n\n{_measured_on(record)}"
+
+
 def short_markdown(record: dict[str, Any]) -> str:
-    """Returns Markdown for the README: ratios, the direct form on the largest maps, networks."""
+    """Returns Markdown: ratios, the direct form on the largest maps, networks."""
     parts = [_measured_on(record)]
     if find_ratios(record["heads"]):
         parts += [
-            "How many times as fast as each yardstick ISA is, by who serves the memory: geometric "
-            "mean over the sizes measured (least to most). Keeps: what ISA holds for the backward "
-            "pass as a share of what the yardstick holds, at the size where that is most.",
+            "How many times as fast as each other head ISA is, with PyTorch's own allocator and "
+            "with jemalloc: geometric mean over the sizes measured (least to most). Kept: what ISA "
+            "holds for the backward pass, as a share of what the other head holds, at the size "
+            "where that is most.",
             ratio_summary(record["heads"]),
         ]
     for _, group in grouped(representative(record["heads"]), ("mode",)):

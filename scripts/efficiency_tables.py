@@ -111,13 +111,32 @@ def ratio_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def headline_table(rows: Sequence[Row]) -> str:
+    """Returns Markdown: how many times as fast ISA is, a line for each yardstick and dtype."""
+    found = [r for r in find_ratios(rows) if r.form == YARDSTICKS[r.other]]
+    found = [r for r in found if r.heap != "default"] or found
+    lines = ["| ISA against | inference | training | kept for backward |", "|---|---:|---:|---:|"]
+    cells: dict[tuple[str, str], dict[str, Ratios]] = {}
+    for ratios in found:
+        cells.setdefault((ratios.other, ratios.dtype), {})[ratios.mode] = ratios
+    for (other, dtype), by_mode in cells.items():
+        speeds = [
+            f"{by_mode[mode].mean:.2f}x" if mode in by_mode else "-"
+            for mode in ("inference", "training")
+        ]
+        kept = next((ratios.kept for ratios in by_mode.values() if ratios.kept), None)
+        share = "-" if kept is None else f"{100 * kept:.0f} %"
+        lines.append(f"| {other}, {dtype} | {' | '.join(speeds)} | {share} |")
+    return "\n".join(lines)
+
+
 def ratio_summary(rows: Sequence[Row]) -> str:
     """Returns Markdown: `ratio_table` over all sizes, each yardstick in its own form."""
     ratios = [found for found in find_ratios(rows) if found.form == YARDSTICKS[found.other]]
     heaps = sorted({found.heap for found in ratios})
     lines = [
         f"| ISA against | form | mode | dtype | {' | '.join(f'memory by {h}' for h in heaps)} "
-        "| keeps |",
+        "| kept |",
         "|---|---|---|---|" + "---:|" * (len(heaps) + 1),
     ]
     cells: dict[tuple[str, ...], dict[str, Ratios]] = {}
@@ -153,7 +172,7 @@ def head_tables(rows: Sequence[Row]) -> str:
             "| against plain ISA | of the conv ceiling |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        for row in group:
+        for row in sorted(group, key=lambda row: row["median"]):
             kept = "" if row["saved_mib"] is None else f"{row['saved_mib']:.0f}"
             ratio = "" if reference is None else f"{reference / row['median']:.2f}x"
             lines.append(

@@ -26,6 +26,11 @@ def write_block(path: Path, name: str, text: str) -> None:
     path.write_text(f"{head}{begin}\n{text}\n{end}{tail}", "utf-8")
 
 
+def has_block(path: Path, name: str) -> bool:
+    """Returns whether a page has a block of a name."""
+    return f"<!-- {name}: written by a script -->" in path.read_text("utf-8")
+
+
 def find_blocks(path: Path, kind: str) -> list[str]:
     """Returns what stands before `kind` in the names of a page's blocks."""
     mark = re.compile(rf"^<!-- (.+) {kind}: written by a script -->$", re.MULTILINE)

@@ -59,7 +59,7 @@ def summary_table(comparison: Comparison, base: Setting) -> Table:
 
 def _difference(setting: Setting, base: Setting) -> Cell:
     if setting is base:
-        return Cell("base", 0.0)
+        return Cell("reference", 0.0)
     return number(100 * (setting.miou.mean - base.miou.mean), "+.2f")
 
 

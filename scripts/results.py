@@ -21,7 +21,7 @@ import yaml
 from overview import overview_table
 from readme import find_blocks, write_block
 from report_figures import draw_scores, picture
-from report_page import code_as_markdown, escape_markdown, slug, table_as_markdown
+from report_page import Table, code_as_markdown, escape_markdown, slug, table_as_markdown
 from report_tables import class_table, run_table, summary_table
 from resumed_runs import join_resumed
 from run_folders import Result, Run, read_runs
@@ -143,8 +143,13 @@ def block(name: str, comparisons: Sequence[Comparison]) -> str:
 
 
 def summary(comparisons: Sequence[Comparison]) -> str:
-    """Returns the last table of some stored results as Markdown."""
-    return table_as_markdown(summary_table(comparisons[-1], comparisons[-1].settings[0]))
+    """Returns the last table of some stored results as Markdown, with fewer columns."""
+    comparison = comparisons[-1]
+    table = summary_table(comparison, comparison.settings[0])
+    wanted = ("setting", "n", f"{comparison.split} mIoU", "M params", "GMACs", "time")
+    kept = [i for i, name in enumerate(table.head) if name in wanted]
+    rows = [[row[i] for i in kept] for row in table.rows]
+    return table_as_markdown(Table([table.head[i] for i in kept], rows))
 
 
 def overview(data: str, comparisons: Sequence[Comparison], published: Path) -> str:

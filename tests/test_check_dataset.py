@@ -17,10 +17,8 @@ from PIL import Image
 from rich.console import Console
 
 import isanet_pl.data
-from isanet_pl.contact_sheet import draw_classes, draw_contact_sheet, read_thumbnail
-from isanet_pl.data import CamVid, SegmentationFolder
-from isanet_pl.data.dataset import code_table, default_palette
-from isanet_pl.data.facts import (
+from isanet_pl.check.contact_sheet import draw_classes, draw_contact_sheet, read_thumbnail
+from isanet_pl.check.facts import (
     CODES_KEPT,
     FILES_KEPT,
     Files,
@@ -28,10 +26,12 @@ from isanet_pl.data.facts import (
     SplitFacts,
     read_pairs,
 )
+from isanet_pl.check.fingerprint import find_duplicates, summarise
+from isanet_pl.check.scan import scan
+from isanet_pl.check.verdict import find_problems
+from isanet_pl.data import CamVid, SegmentationFolder
+from isanet_pl.data.dataset import code_table, default_palette
 from isanet_pl.data.files import read_mask
-from isanet_pl.data.fingerprint import find_duplicates, summarise
-from isanet_pl.data.scan import scan
-from isanet_pl.data.verdict import find_problems
 from isanet_pl.errors import InputError
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "check_dataset.py"

@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from isanet_pl import results
-from isanet_pl.results import code_version
+from isanet_pl.callbacks import results
+from isanet_pl.callbacks.results import code_version
 
 GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
 

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from test_module import NAMES, make_loader, make_module
 
-from isanet_pl.dashboards import ClassScores, PredictionPanels
+from isanet_pl.callbacks.dashboards import ClassScores, PredictionPanels
 
 
 class Predicts(pl.Callback):

@@ -20,10 +20,10 @@ from conftest import fails_naming, make_folder
 from PIL import Image
 from test_predictions import write_checkpoint
 
+from isanet_pl.callbacks.ranks import watch
 from isanet_pl.checkpoint_io import read_checkpoint
 from isanet_pl.cli import main
 from isanet_pl.data import SegmentationFolder
-from isanet_pl.ranks import watch
 
 NAMES = "[sky, road, car]"
 STEPS = 20
@@ -231,7 +231,7 @@ def test_a_process_ends_without_the_one_that_started_it(tmp_path):
 import os
 parent = os.getppid()
 from isanet_pl.data import SegmentationFolder
-from isanet_pl.ranks import watch
+from isanet_pl.callbacks.ranks import watch
 print(os.getpid(), flush=True)
 watch([], parent, lambda: False)
 """

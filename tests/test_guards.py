@@ -10,12 +10,12 @@ import torch
 from conftest import fails_naming, make_folder, truncate
 from test_module import make_loader, make_module, make_trainer
 
+from isanet_pl.callbacks.last_checkpoint import LastCheckpoint
 from isanet_pl.data import SegmentationFolder
 from isanet_pl.data.broken import BrokenFiles
 from isanet_pl.data.sampler import ATTEMPTS, DrawnSamples
 from isanet_pl.errors import InputError
 from isanet_pl.finite import first_not_finite, largest
-from isanet_pl.last_checkpoint import LastCheckpoint
 
 # Numbers
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from isanet_pl.callbacks.summary import gmacs_of_parts
 from isanet_pl.inference import Inference, window_starts
 from isanet_pl.models import ISANet
 from isanet_pl.models.isanet import Context, Form
-from isanet_pl.summary import gmacs_of_parts
 
 
 class Pointwise:

@@ -13,13 +13,13 @@ import torch
 from conftest import fails_naming, make_scene
 from PIL import Image
 
+from isanet_pl.callbacks.progress import Progress
 from isanet_pl.checkpoints import with_config_of_checkpoint
 from isanet_pl.cli import main
 from isanet_pl.data import ADE20K, Cityscapes, SegmentationFolder, dataset
 from isanet_pl.errors import InputError
 from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
-from isanet_pl.progress import Progress
 
 NAMES = ("sky", "road", "car")
 QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")

@@ -10,8 +10,8 @@ import torch
 from test_dashboards import fit
 from test_module import make_loader, make_module
 
-from isanet_pl import progress
-from isanet_pl.progress import Progress, last_epoch
+from isanet_pl.callbacks import progress
+from isanet_pl.callbacks.progress import Progress, last_epoch
 
 
 def test_images_per_second_leave_out_validation_and_what_it_draws_and_saves(monkeypatch):

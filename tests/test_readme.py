@@ -1,4 +1,4 @@
-"""What the README says exists and parses."""
+"""What the README and the pages in docs say exists and parses."""
 
 import re
 import shlex
@@ -12,7 +12,9 @@ from test_predictions import write_checkpoint
 from isanet_pl.cli import main
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WRITTEN = re.compile(r"<!-- .*?: written by a script -->.*?<!-- end of", re.S)
+TEXT = "\n".join(WRITTEN.sub("", page.read_text("utf-8")) for page in PAGES)
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
 COMMANDS = [
     shlex.split(line, comments=True)
@@ -44,18 +46,44 @@ def test_commands_parse(command, monkeypatch, capsys, tmp_path):
         re.sub(r"runs/([\w-]+)/version_\d+/config\.yaml", r"configs/\1.yaml", part)
         for part in command[1:]
     ]
-    stand_ins = {"best.ckpt": str(checkpoint), "my.yaml": "configs/quickstart.yaml"}
-    arguments = [stand_ins.get(part, part) for part in arguments]
+    stand_ins = {"my.yaml": "configs/quickstart.yaml"}
+    arguments = [
+        str(checkpoint) if part.endswith("best.ckpt") else stand_ins.get(part, part)
+        for part in arguments
+    ]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--print_config"])
     assert stop.value.code == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results/README.md"])
+def anchors(page):
+    """Returns what links to headings of a page end with."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_pictures_exist(page):
-    links = re.findall(r"\]\(((?!http)[^)]+)\)", (ROOT / page).read_text("utf-8"))
-    assert len(links) > 5
-    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
+    links = re.findall(r"\]\(((?!http)[^)\s]+)\)", page.read_text("utf-8"))
+    for path, _, heading in (link.partition("#") for link in links):
+        file = page.parent / path if path else page
+        assert file.exists(), path
+        assert not heading or heading in anchors(file), heading
+
+
+def test_every_page_is_linked():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    pages = {str(page.relative_to(ROOT)) for page in PAGES[1:] if page.name != "efficiency.md"}
+    assert pages <= set(re.findall(r"\]\(([^)#\s]+)", readme))
+
+
+def test_recipes_are_those_of_their_configs():
+    rows = re.findall(r"^\| `(isanet_\S+)` \| (\S+) \| (\S+) \| (\S+) \|$", TEXT, re.M)
+    assert len(rows) == 16
+    for name, *numbers in rows:
+        head = (ROOT / "configs" / f"{name}.yaml").read_text("utf-8").partition("model:")[0]
+        found = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", head)
+        assert sorted(found) == sorted(numbers), name
 
 
 @pytest.mark.parametrize(
@@ -69,10 +97,11 @@ def test_python_examples_run(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "best.ckpt")
     Image.new("RGB", (40, 24)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    [block] = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     names = {}
-    exec(block, names)
+    for block in re.findall(r"```python\n(.*?)```", TEXT, re.S):
+        exec(block, names)
     assert names["mask"].shape == (24, 40)
+    assert names["context"].shape == (2, 512, 65, 129)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_the_tables_hold_the_numbers_of_the_runs(grid, tmp_path):
         "setting": "network.context=isa",
         "n": "3",
         "val mIoU": "**60.00 ± 10.00**",
-        "difference": "base",
+        "difference": "reference",
         "best val mIoU": "20.00 ± 0.00",
         "mAcc": "50.00 ± 0.00",
         "aAcc": "75.00 ± 0.00",

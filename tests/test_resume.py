@@ -22,14 +22,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from test_module import make_module
 
-from isanet_pl.averaging import ExponentialAverage
+from isanet_pl.callbacks.averaging import ExponentialAverage
+from isanet_pl.callbacks.last_checkpoint import LastCheckpoint, random_state, restore_random_state
+from isanet_pl.callbacks.progress import Progress
+from isanet_pl.callbacks.results import ResultTable
 from isanet_pl.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from isanet_pl.cli import main
-from isanet_pl.last_checkpoint import LastCheckpoint, random_state, restore_random_state
 from isanet_pl.models import ISANet
 from isanet_pl.module import SegmentationModule
-from isanet_pl.progress import Progress
-from isanet_pl.results import ResultTable
 from isanet_pl.resume import continue_metrics, find_run
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "stress_resume.py"

@@ -51,6 +51,8 @@ def test_draw_stages_writes_a_picture(tmp_path):
 def test_benchmark_data_writes_its_table(tmp_path, small_camvid):
     marks = "<!-- data benchmark: written by a script -->", "<!-- end of data benchmark -->"
     (tmp_path / "README.md").write_text("\n".join(["before", *marks, "after"]))
+    short = [line.replace("efficiency", "efficiency ratios") for line in marks]
+    (tmp_path / "short.md").write_text("\n".join(["before", *short, "after"]))
     small = ("--size", 64, 128, "--crop", 32, 64, "--count", 2, "--rounds", 2)
     files = ("--output", "new/data.json", "--readme", "README.md")
     done = script("benchmark_data.py", *small, *files, "--camvid", small_camvid, cwd=tmp_path)
@@ -71,7 +73,7 @@ def test_benchmark_efficiency_writes_everything(tmp_path):
     (tmp_path / "README.md").write_text("\n".join(["before", *marks, "after"]))
     small = ("--size", 9, 8, "--train", "--rounds", 1, "--growth", 8, 12, "--forms", "direct")
     only = ("--only", "ISA", "ISA, plain formulation", "dense attention")
-    files = ("--output", "new/efficiency", "--readme", "README.md")
+    files = ("--output", "new/efficiency", "--pages", "README.md", "short.md")
     for dtype in ("bfloat16", "float32"):  # the second run adds to the first
         more = ("--dtype", dtype)
         done = script("benchmark_efficiency.py", *small, *only, *more, *files, cwd=tmp_path)
@@ -109,6 +111,14 @@ def test_benchmark_efficiency_writes_everything(tmp_path):
         f"{ratio:.2f}) | {share:.2f} |"
     ) in text
     assert "ISA with windows of 8x8): those of ISA with N^" in text
+    lines = (tmp_path / "short.md").read_text().splitlines()
+    [line] = [line for line in lines if line.startswith("| ISA, plain formulation, float32 |")]
+    assert line.endswith(f" | {ratio:.2f}x | {100 * share:.0f} % |")
+    # Without anything to measure: the same tables, from the record.
+    (tmp_path / "README.md").write_text("\n".join(["before", *marks, "after"]))
+    done = script("benchmark_efficiency.py", "--sizes", "--growth", *files, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "README.md").read_text() == text
 
 
 def test_ratios_are_means_over_the_sizes_that_both_were_measured_at(scripts_on_path):
@@ -130,7 +140,7 @@ def test_ratios_are_means_over_the_sizes_that_both_were_measured_at(scripts_on_p
         for (heap, head, size), ms in medians.items()
     ]
     assert ratio_summary(rows).splitlines() == [
-        "| ISA against | form | mode | dtype | memory by default | memory by jemalloc | keeps |",
+        "| ISA against | form | mode | dtype | memory by default | memory by jemalloc | kept |",
         "|---|---|---|---|---:|---:|---:|",
         "| dense attention | direct | training | float32 | 4.00x (2.00 to 8.00) "
         "| 3.00x (3.00 to 3.00) | 0.25 |",

@@ -13,17 +13,17 @@ import yaml
 from conftest import make_scene
 from PIL import Image
 
+from isanet_pl.check.fingerprint import Fingerprint, SplitFingerprint
+from isanet_pl.check.suggest import Machine, find_machine, suggest_config
+from isanet_pl.check.suggest.config import Choice, render
+from isanet_pl.check.suggest.geometry import attention_cost, choose_window, plan_geometry
+from isanet_pl.check.suggest.machine import RECIPES
+from isanet_pl.check.suggest.schedule import choose_batch, plan_schedule
 from isanet_pl.cli import main
-from isanet_pl.data.fingerprint import Fingerprint, SplitFingerprint
 from isanet_pl.errors import InputError
 from isanet_pl.losses import SegmentationLoss
 from isanet_pl.models import ISANet
 from isanet_pl.models.attention import TokenGrid
-from isanet_pl.suggest import Machine, find_machine, suggest_config
-from isanet_pl.suggest.config import Choice, render
-from isanet_pl.suggest.geometry import attention_cost, choose_window, plan_geometry
-from isanet_pl.suggest.machine import RECIPES
-from isanet_pl.suggest.schedule import choose_batch, plan_schedule
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "check_dataset.py"
 SPEC = importlib.util.spec_from_file_location("check_dataset", SCRIPT)

@@ -14,9 +14,9 @@ from conftest import fails_naming
 from PIL import Image
 from wandb_file import RunFile
 
+from isanet_pl.callbacks.results import code_version
+from isanet_pl.callbacks.wandb_run import RUN_ID, resolve_mode, wandb_logger
 from isanet_pl.hardware import peak_memory
-from isanet_pl.results import code_version
-from isanet_pl.wandb_run import RUN_ID, resolve_mode, wandb_logger
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 KEY = "0123456789" * 4

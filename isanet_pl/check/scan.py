@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from isanet_pl.data.facts import SplitFacts
+from isanet_pl.check.facts import SplitFacts
 from isanet_pl.data.files import Pair
 from isanet_pl.errors import InputError
 from isanet_pl.hardware import num_cores

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from isanet_pl.data.fingerprint import Fingerprint
-from isanet_pl.suggest.geometry import WHOLE_CROPS, Geometry, attention_cost, plan_geometry
-from isanet_pl.suggest.machine import MEMORY_SHARE, Machine
-from isanet_pl.suggest.schedule import Schedule, plan_schedule
+from isanet_pl.check.fingerprint import Fingerprint
+from isanet_pl.check.suggest.geometry import WHOLE_CROPS, Geometry, attention_cost, plan_geometry
+from isanet_pl.check.suggest.machine import MEMORY_SHARE, Machine
+from isanet_pl.check.suggest.schedule import Schedule, plan_schedule
 
 RARE = 0.01
 """Share of the labelled pixels below which a class is rare."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from isanet_pl.data.fingerprint import Fingerprint, SplitFingerprint
+from isanet_pl.check.fingerprint import Fingerprint, SplitFingerprint
+from isanet_pl.check.suggest.machine import Machine
 from isanet_pl.errors import InputError
 from isanet_pl.inference import fit_scale
-from isanet_pl.suggest.machine import Machine
 
 Size = tuple[int, int]
 Sizes = npt.NDArray[np.float64]

@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from isanet_pl.contact_sheet import COLUMNS, draw_classes, draw_contact_sheet, read_thumbnail
+from isanet_pl.check.contact_sheet import COLUMNS, draw_classes, draw_contact_sheet, read_thumbnail
+from isanet_pl.check.fingerprint import Fingerprint, SplitFingerprint
+from isanet_pl.check.verdict import Problem
 from isanet_pl.data import SegmentationDataModule
 from isanet_pl.data.dataset import code_table
 from isanet_pl.data.files import Pair
-from isanet_pl.data.fingerprint import Fingerprint, SplitFingerprint
-from isanet_pl.data.verdict import Problem
 
 
 def split_table(splits: Mapping[str, SplitFingerprint]) -> Table:

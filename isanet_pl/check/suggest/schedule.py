@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from isanet_pl.data.fingerprint import Fingerprint
-from isanet_pl.suggest.geometry import Geometry, list_sizes, scale
-from isanet_pl.suggest.machine import Machine, Recipe
+from isanet_pl.check.fingerprint import Fingerprint
+from isanet_pl.check.suggest.geometry import Geometry, list_sizes, scale
+from isanet_pl.check.suggest.machine import Machine, Recipe
 
 SMALL_CROP = 300_000
 """Pixels of a crop up to which a step of mmsegmentation's has 16 of them (ADE20K, VOC); larger

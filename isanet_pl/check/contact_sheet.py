@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from isanet_pl.data.facts import Pixels
+from isanet_pl.check.facts import Pixels
 from isanet_pl.data.files import IGNORE, INVALID, Codes, Pair, read_image
 from isanet_pl.pictures import overlay
 

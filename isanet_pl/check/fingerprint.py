@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from isanet_pl.data.facts import Files, Outside, Pixels, SplitFacts, count_classes
+from isanet_pl.check.facts import Files, Outside, Pixels, SplitFacts, count_classes
 from isanet_pl.data.files import IGNORE
 
 
@@ -30,7 +30,7 @@ class SplitFingerprint:
         outside_pixels: Pixels of codes without a class.
         codes: Pixels of each code 0..255 in the mask files, those that occur.
         outside: The codes without a class.
-        files: What was noted about files; see `isanet_pl.data.facts.read_pairs`.
+        files: What was noted about files; see `isanet_pl.check.facts.read_pairs`.
         largest: (image, mask) with the most pixels of each class; None: it occurs in none.
         num_masks: Masks that differ from each other.
     """

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
-from isanet_pl.results import code_version
+from isanet_pl.callbacks.results import code_version
 
 log = logging.getLogger(__name__)
 

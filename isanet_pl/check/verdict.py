@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from isanet_pl.data.facts import Files
+from isanet_pl.check.facts import Files
+from isanet_pl.check.fingerprint import Fingerprint, SplitFingerprint
 from isanet_pl.data.files import IGNORE
-from isanet_pl.data.fingerprint import Fingerprint, SplitFingerprint
 
 Level = Literal["error", "warning"]
 
