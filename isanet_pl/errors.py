@@ -1,4 +1,6 @@
-"""The error that people see."""
+"""The error that people see, and how its messages name many things."""
+
+from collections.abc import Sequence
 
 
 class InputError(ValueError):
@@ -13,3 +15,15 @@ def find_input_error(error: BaseException | None) -> InputError | None:
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def few(names: Sequence[str], most: int = 5, count: int | None = None) -> str:
+    """Returns the first names, and how many more there are.
+
+    Args:
+        names: All of them, or those that are known.
+        most: How many to give.
+        count: How many there are; None: the known ones.
+    """
+    more = (len(names) if count is None else count) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -10,26 +10,19 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from labels import NO_DIFFERENCE, starts
+from run_folders import flatten
 
 from isanet_pl.cli import main as isanet_pl_main
 from isanet_pl.errors import InputError
 from isanet_pl.resume import find_run
 
-INDIFFERENT = frozenset(
-    {
-        *("name", "runs_dir", "output", "resume", "ckpt_path", "wandb", "wandb_run"),
-        *("progress", "panels", "predictions", "last_checkpoint"),
-        *("data.init_args.num_workers", "data.init_args.cache", "data.init_args.eval_batch_size"),
-        *("trainer.enable_progress_bar", "trainer.enable_model_summary"),
-    }
-)
-"""Options that do not change what a run finds, or whole groups of them."""
 STEP = re.compile(rb"^step (\d+)/(\d+) ", re.MULTILINE)
 """A line of progress in the log of a run."""
 TAIL_BYTES = 2**16
@@ -254,20 +247,14 @@ def _resolve(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     return config
 
 
-def _changes(old: Any, new: Any) -> list[str]:
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Returns a line for each option that differs and can change what a run finds."""
-    before, after = dict(_options_of(old)), dict(_options_of(new))
-    keys = sorted(before.keys() | after.keys())
+    before, after = flatten(old), flatten(new)
+    keys = [key for key in sorted(before.keys() | after.keys()) if matters(key)]
     pairs = [(key, before.get(key), after.get(key)) for key in keys]
     return [f"{key}: then {then}, now {now}" for key, then, now in pairs if then != now]
 
 
-def _options_of(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Gives the dotted name and the value of each option that can change what a run finds."""
-    if path in INDIFFERENT:
-        return
-    if not isinstance(config, dict):
-        yield path, config
-        return
-    for key, value in config.items():
-        yield from _options_of(value, f"{path}.{key}" if path else str(key))
+def matters(key: str) -> bool:
+    """Returns whether an option, by its dotted key, can change what a run of some seed finds."""
+    return key == "seed_everything" or not starts(key, NO_DIFFERENCE)

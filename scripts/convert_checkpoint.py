@@ -58,7 +58,7 @@ def main() -> None:
         if args.source.resolve() == args.target.resolve():
             raise ValueError(f"{args.target} would overwrite the source")
         if args.layout == "isanet-pl":
-            trained = convert.read_checkpoint(args.source)
+            trained = convert.read_trained(args.source)
         else:
             trained = READERS[args.layout](args.source, args.data_set, corners)
         args.target.parent.mkdir(parents=True, exist_ok=True)

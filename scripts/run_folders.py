@@ -155,6 +155,11 @@ def read_config(path: Path) -> dict[str, Any]:
     content = yaml.safe_load(path.read_text("utf-8"))
     if not isinstance(content, dict):
         raise ValueError("it is no YAML mapping")
+    return flatten(content)
+
+
+def flatten(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a config holds by dotted key; see `read_config`."""
     flat: dict[str, Any] = {}
 
     def walk(value: Any, key: tuple[str, ...]) -> None:

@@ -145,7 +145,7 @@ def test_another_config_is_refused_and_not_taken_for_finished(grid, monkeypatch,
     from isanet_pl.errors import InputError
 
     folder, _, _ = grid
-    with pytest.raises(InputError, match=rf"\n  {option}: then 4, now 8") as error:
+    with pytest.raises(InputError, match=r"\n  \w+\.(max_steps|num_eval): then 4, now 8") as error:
         in_process(folder, monkeypatch, "--seeds", 0, *QUICK, f"--{option}", "8")
     assert "base/seed0/version_0 was run with another config" in str(error.value)
     assert "delete runs/ablation_tiny/base/seed0 to run it anew" in str(error.value)

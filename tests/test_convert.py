@@ -33,9 +33,9 @@ from torch import nn
 from isanet_pl.cli import main
 from isanet_pl.convert import (
     Trained,
-    read_checkpoint,
     read_mmseg,
     read_openseg,
+    read_trained,
     write_checkpoint,
     write_mmseg,
 )
@@ -123,7 +123,7 @@ def test_mmseg_deep_outputs_with_aligned_corners_and_no_counters_are_equal(tmp_p
 
 
 def test_there_and_back_is_the_same_to_the_bit(converted, mmseg_state, tmp_path):
-    write_mmseg(read_checkpoint(converted), tmp_path / "back.pth")
+    write_mmseg(read_trained(converted), tmp_path / "back.pth")
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert back["state_dict"].keys() == mmseg_state.keys()
     for name, value in mmseg_state.items():
@@ -430,7 +430,7 @@ def test_target_needs_nothing_else(converted, mmseg_path):
     assert saved["inference"] == {**saved["inference"], "mode": "whole", "base_size": (96, 64)}
     assert saved["class_names"] == list(CLASSES)
     assert {name.split(".")[0] for name in content["state_dict"]} == {"network"}
-    trained = read_checkpoint(converted)
+    trained = read_trained(converted)
     assert trained.network.inference == read_mmseg(mmseg_path).network.inference
     assert trained.network.predict(pixels((40, 48))[0]).shape == (40, 48)
 
@@ -663,7 +663,7 @@ def test_missing_and_other_files_are_refused(tmp_path):
     with fails_naming("text.pth", "not a checkpoint of PyTorch"):
         read_openseg(tmp_path / "text.pth")
     with fails_naming("text.pth", "checkpoint of isanet-pl"):
-        read_checkpoint(tmp_path / "text.pth")
+        read_trained(tmp_path / "text.pth")
     torch.jit.script(nn.ReLU()).save(tmp_path / "script.pth")
     with fails_naming("script.pth", "not a checkpoint of PyTorch"):
         read_mmseg(tmp_path / "script.pth")

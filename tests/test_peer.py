@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from isanet_pl.convert import Trained, read_checkpoint, read_mmseg, write_checkpoint, write_mmseg
+from isanet_pl.convert import Trained, read_mmseg, read_trained, write_checkpoint, write_mmseg
 from isanet_pl.convert.trained import DATA_SETS, Classes
 from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
@@ -169,7 +169,7 @@ def test_outputs_are_theirs_and_the_way_back_loads(path, tmp_path):
         aux = network.aux_head(network.backbone(network.normalise(image))[0])
     assert_same(aux, model.auxiliary_head(features), f"{path.stem} auxiliary")
 
-    write_mmseg(read_checkpoint(tmp_path / "ours.ckpt"), tmp_path / "back.pth")
+    write_mmseg(read_trained(tmp_path / "ours.ckpt"), tmp_path / "back.pth")
     other = build(config.model)
     load_checkpoint(other, str(tmp_path / "back.pth"), map_location="cpu", strict=True)
     before = model.state_dict()

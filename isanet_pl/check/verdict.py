@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal
 
 from isanet_pl.check.facts import Files
 from isanet_pl.check.fingerprint import Fingerprint, SplitFingerprint
 from isanet_pl.data.files import IGNORE
+from isanet_pl.errors import few
 
 Level = Literal["error", "warning"]
 
@@ -55,16 +55,10 @@ def find_problems(
     return sorted(found, key=lambda problem: problem.level)
 
 
-def few(names: tuple[str, ...] | list[str], count: int | None = None, most: int = 3) -> str:
-    """Returns the first names, and how many more there are of `count`."""
-    more = (len(names) if count is None else count) - most
-    return ", ".join(islice(names, most)) + (f" and {more} more" if more > 0 else "")
-
-
 def _many(files: Files, noun: str, text: str) -> str:
     """Returns such as "2 masks of another size: a.png, b.png"."""
     plural = "" if files.count == 1 else "s"
-    return f"{files.count} {noun}{plural} {text}: {few(files.first, files.count)}"
+    return f"{files.count} {noun}{plural} {text}: {few(files.first, 3, files.count)}"
 
 
 def _find_duplicates(fingerprint: Fingerprint) -> Iterator[Problem]:

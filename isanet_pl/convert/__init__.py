@@ -9,14 +9,14 @@ mmsegmentation has no place for padding, scales and flip: these are named when o
 from isanet_pl.convert.mmseg import read_mmseg
 from isanet_pl.convert.openseg import read_openseg
 from isanet_pl.convert.to_mmseg import write_mmseg
-from isanet_pl.convert.trained import DATA_SETS, Trained, read_checkpoint, write_checkpoint
+from isanet_pl.convert.trained import DATA_SETS, Trained, read_trained, write_checkpoint
 
 __all__ = [
     "DATA_SETS",
     "Trained",
-    "read_checkpoint",
     "read_mmseg",
     "read_openseg",
+    "read_trained",
     "write_checkpoint",
     "write_mmseg",
 ]

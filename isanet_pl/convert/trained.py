@@ -120,7 +120,7 @@ def write_checkpoint(trained: Trained, path: Path) -> None:
     save_whole(checkpoint, path)
 
 
-def read_checkpoint(path: Path) -> Trained:
+def read_trained(path: Path) -> Trained:
     """Returns the network of a checkpoint of `isanet-pl fit`, or of a converted one.
 
     Raises:

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
-from isanet_pl.errors import InputError
+from isanet_pl.errors import InputError, few
 from isanet_pl.pixels import rgb_pixels
 
 IGNORE = 255
@@ -95,7 +95,7 @@ def pair_by_stem(image_dir: Path, mask_dir: Path) -> list[Pair]:
         if alone:
             raise InputError(
                 f"{len(alone)} of {len(have)} files have no {what} of the same name in {where}: "
-                f"{_few(alone)}"
+                f"{few(alone)}"
             )
     return [(path, masks[stem]) for stem, path in images.items()]
 
@@ -107,10 +107,6 @@ def _by_stem(files: Sequence[Path]) -> dict[str, Path]:
             raise InputError(f"two files for one name: {found[path.stem]} and {path}; remove one")
         found[path.stem] = path
     return found
-
-
-def _few(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -299,7 +295,7 @@ def map_codes(
 
 
 def _wrong_code(path: Path, codes: npt.NDArray[np.int64], num_classes: int) -> str:
-    values = _few([str(code) for code in codes])
+    values = few([str(code) for code in codes])
     return (
         f"{path} holds the value {values}, which is neither one of the {num_classes} classes nor "
         "255 (ignore); correct the mask, the class names, or give a label_map"

@@ -1,12 +1,12 @@
 """The text of a suggested config: every choice with its reason, and the numbers behind it."""
 
-import json
 import math
-import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import yaml
 
 from isanet_pl.check.fingerprint import Fingerprint
 from isanet_pl.check.suggest.geometry import WHOLE_CROPS, Geometry, attention_cost, plan_geometry
@@ -22,9 +22,6 @@ DOMINANT = 0.6
 SECONDS_PER_PIXEL = {"bf16-mixed": 6e-6, "32-true": 22e-6}
 """Of one core for a pixel of a crop, the ResNet-18 without jemalloc, on two EPYCs: one with
 AVX512-BF16, one with AVX2."""
-PLAIN = re.compile(r"[A-Za-z/][\w./-]*")
-"""What YAML takes for a string without quotes, but for its own words."""
-YAML_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 
 
 @dataclass(frozen=True)
@@ -254,13 +251,11 @@ def render(choices: Sequence[Choice], indent: str = "") -> str:
 
 def _inline(value: Any) -> str:
     """Returns a value as YAML on one line."""
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_inline(k)}: {_inline(v)}' for k, v in value.items())}}}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_inline, value))}]"
-    if isinstance(value, str) and PLAIN.fullmatch(value) and value.lower() not in YAML_WORDS:
-        return value
-    return json.dumps(value, ensure_ascii=False)
+    value = list(value) if isinstance(value, tuple) else value
+    text: str = yaml.safe_dump(
+        value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
+    )
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _comment(text: str, indent: str) -> str:
