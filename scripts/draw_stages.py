@@ -16,6 +16,7 @@ from isanet_pl.models.attention import TokenGrid
 
 SIDE, WINDOW = 12, 4
 ROW, COLUMN = 5, 6  # the position that is followed
+FAR = 10, 0  # one that it learns of
 
 
 def groups(long_range: bool) -> Tensor:
@@ -51,15 +52,26 @@ def main() -> None:
     long_range, short_range = groups(long_range=True), groups(long_range=False)
     follows_long = long_range == long_range[ROW, COLUMN]
     follows_short = short_range == short_range[ROW, COLUMN]
-    # After both, the star knows what its window's positions know, each from its own group.
-    known = torch.isin(long_range, long_range[follows_short])
+    # What is far away comes first to its place in the star's window, then to the star.
+    far = long_range == long_range[FAR]
+    [(row, column)] = (far & follows_short).nonzero().tolist()
     share = (follows_long.sum() + follows_short.sum()).item() / SIDE**2
-    figure = Figure(figsize=(10, 3.9), dpi=110, layout="constrained")
+    figure = Figure(figsize=(10, 3.75), dpi=110, layout="constrained")
     axes = figure.subplots(1, 3)
     draw(axes[0], long_range, follows_long, "1. long range: same place in every window")
     draw(axes[1], short_range, follows_short, "2. short range: the positions of one window")
-    seen = torch.full_like(long_range, 4)
-    draw(axes[2], seen, known, "after both: the star knows every position")
+    draw(axes[2], long_range, far, "both: any position (dot) reaches the star")
+    axes[2].plot(FAR[1], FAR[0], "o", color="black", markersize=9)
+    for start, end, name in (
+        (FAR, (row, column), "1"),
+        ((row, column), (ROW, COLUMN), "2"),
+    ):
+        axes[2].annotate(
+            "", xy=end[::-1], xytext=start[::-1],
+            arrowprops={"arrowstyle": "-|>", "lw": 2, "shrinkA": 3, "shrinkB": 5},
+        )  # fmt: skip
+        middle = ((start[1] + end[1]) / 2 - 0.7, (start[0] + end[0]) / 2 - 0.35)
+        axes[2].annotate(name, middle, fontsize=13, fontweight="bold")
     figure.suptitle(
         f"The star attends to {int(follows_long.sum())} + {int(follows_short.sum())} positions "
         f"instead of {SIDE**2} ({100 * share:.0f} %); at 128 x 128 with windows of 8 x 8 it is "

@@ -6,6 +6,9 @@ from pathlib import Path
 from efficiency_tables import DENSE, Row, edges, representative, representative_growth
 from matplotlib.figure import Figure
 
+OURS, OTHERS = "C3", "C0"
+"""Colours of ISA and of what it is compared with."""
+
 
 def draw_growth(rows: Sequence[Row], path: Path) -> None:
     """Draws how time and memory grow with the map, and which window is the cheapest."""
@@ -13,11 +16,12 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     time_axis, memory_axis, window_axis = figure.subplots(1, 3)
     ticks = sorted({row["size"] for row in rows if row["kind"] != "window"})
-    for name in ("ISA", DENSE):
+    for name, colour in (("ISA", OURS), (DENSE, OTHERS)):
         kind = [row for row in rows if row["kind"] == name]
         sides = [row["size"] for row in kind]
-        time_axis.plot(sides, [row["median"] for row in kind], "o-", label=name)
-        memory_axis.plot(sides, [row["peak_mib"] for row in kind], "o-", label=name)
+        style = {"marker": "o", "color": colour, "label": name}
+        time_axis.plot(sides, [row["median"] for row in kind], **style)
+        memory_axis.plot(sides, [row["peak_mib"] for row in kind], **style)
     for axis, label in ((time_axis, "ms"), (memory_axis, "peak MiB")):
         axis.set(xscale="log", yscale="log", xlabel="edge of the map, positions", ylabel=label)
         axis.set_xticks(ticks, [str(edge) for edge in ticks])
@@ -26,16 +30,19 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
     windows = [row for row in rows if row["kind"] == "window"]
     sides = [row["window"] for row in windows]
     times = [row["median"] for row in windows]
-    window_axis.plot(sides, times, "o-", color="C2")
+    window_axis.plot(sides, times, "o-", color=OURS)
     for side, time in zip(sides, times, strict=True):
-        window_axis.annotate(f"{time:.0f}", (side, time), (4, 6), textcoords="offset points")
+        window_axis.annotate(
+            f"{time:.0f}", (side, time), (8, 6), textcoords="offset points",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
     window_axis.set(
         xscale="log",
         yscale="log",
         xlabel=f"edge of ISA's window, map of {windows[0]['size']}x{windows[0]['size']}",
         ylabel="ms",
     )
-    window_axis.margins(x=0.15, y=0.15)
+    window_axis.margins(x=0.22, y=0.2)
     window_axis.set_xticks(sides, [str(side) for side in sides])
     window_axis.set_yticks([])
     window_axis.minorticks_off()
@@ -54,7 +61,7 @@ def draw_heads(rows: Sequence[Row], path: Path) -> None:
     rows = sorted((row for row in rows if row["size"] == largest), key=lambda row: -row["median"])
     figure = Figure(figsize=(11, 0.8 + 0.28 * len(rows)), layout="constrained")
     time_axis, memory_axis = figure.subplots(1, 2, sharey=True)
-    colours = ["C3" if row["head"] == "ISA" else "C0" for row in rows]
+    colours = [OURS if row["head"] == "ISA" else OTHERS for row in rows]
     for axis, key, label in (
         (time_axis, "median", "ms"),
         (memory_axis, "peak_mib", "peak MiB beside the input"),
