@@ -13,6 +13,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from isanet_pl import __version__
 from isanet_pl.agreement import check_classes
 from isanet_pl.callbacks.averaging import ExponentialAverage
 from isanet_pl.callbacks.dashboards import ClassScores
@@ -325,5 +326,10 @@ def _build_and_run(args: ArgsType, run: bool) -> SegmentationCLI:
             "log_every_n_steps": 10,
             "max_epochs": -1,
         },
-        parser_kwargs={"description": "ISANet: interlaced sparse self-attention"},
+        parser_kwargs={
+            "description": "ISANet: interlaced sparse self-attention. Train with `isanet-pl fit "
+            "--config configs/quickstart.yaml`; options of a data set: `isanet-pl fit --data.help "
+            "CamVid`.",
+            "version": __version__,
+        },
     )

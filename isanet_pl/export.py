@@ -1,5 +1,6 @@
 """Trained networks as files for other run-times: ONNX, checked in onnxruntime, and torch.export."""
 
+import functools
 import json
 import logging
 import math
@@ -31,8 +32,28 @@ NUM_REAL = 3  # images of the user's that results are compared on
 log = logging.getLogger(__name__)
 
 
+def _described(method: Callable[..., Any], line: str) -> Callable[..., Any]:
+    """Returns a method of Lightning's trainer with a first line for the help of its command.
+
+    What its arguments are follows in its own words. Of several sentences, help would cut the last.
+    """
+
+    @functools.wraps(method)
+    def call(self: pl.Trainer, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    _, _, rest = str(method.__doc__).partition("\n\n")
+    call.__doc__ = f"{line}\n\n{rest}"
+    return call
+
+
 class SegmentationTrainer(pl.Trainer):
     """Lightning's trainer, which can export as well."""
+
+    fit = _described(pl.Trainer.fit, "Trains a network, and validates it now and then.")
+    validate = _described(pl.Trainer.validate, "Scores a trained network on the validation images.")
+    test = _described(pl.Trainer.test, "Scores a trained network on the test images.")
+    predict = _described(pl.Trainer.predict, "Segments a folder of images with a trained network.")
 
     def export(
         self,

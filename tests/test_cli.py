@@ -14,6 +14,7 @@ import yaml
 from lightning.pytorch.callbacks import ProgressBar
 from PIL import Image
 
+from isanet_pl import __version__
 from isanet_pl.cli import main
 from isanet_pl.errors import InputError
 from isanet_pl.inference import Inference
@@ -86,6 +87,23 @@ def test_fit_leaves_everything_in_its_run_folder(trained):
     assert 0 < results["gmacs"] < 1
     assert results["image_size"] == [160, 160]
     assert set(results["scores"]) >= {"miou", "macc", "aacc", "iou/background", "iou/red"}
+
+
+def test_help_says_what_each_command_does_and_the_version_is_told(capsys):
+    for option in ("--help", "--version"):
+        with pytest.raises(SystemExit) as stop:
+            main([option])
+        assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for sentence in (
+        "fit Trains a network, and validates it now and then.",
+        "validate Scores a trained network on the validation images.",
+        "test Scores a trained network on the test images.",
+        "predict Segments a folder of images with a trained network.",
+        "export Writes a network, without its auxiliary head, into a file and checks the file.",
+    ):
+        assert sentence in text
+    assert text.endswith(__version__)
 
 
 def test_a_data_set_that_is_not_named_is_asked_for(trained, tmp_path):

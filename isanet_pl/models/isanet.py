@@ -62,8 +62,9 @@ class ISANet(nn.Module):
         pretrained: Load timm's ImageNet weights (downloads them).
         weights_path: Start from the weights in this local file: those of a backbone, whole or in
             part, or a checkpoint of this project, then of the whole network; classifiers of
-            another number of classes start anew. See `load_file`.
-        form: The form of the network, see above.
+            another number of classes start anew.
+        form: `direct`, ISA on the backbone's channels, or `reduced`, a conv3x3 to `out_channels`
+            first, as the authors' code and mmsegmentation have it.
         context: `isa`, or what it is compared with (models/context.py): `none`, an FCN; `dense`
             self-attention, its affinity stored, or `dense_sdpa`; `ppm` (PSPNet), `aspp`
             (DeepLabV3), `rcca` (CCNet).
