@@ -132,8 +132,8 @@ def test_two_processes_train_and_score_as_one(folder, alone):
 def test_two_processes_average_weights_as_one(folder):
     options = ("--ema_decay", 0.9, "--trainer.max_steps", 10)
     one = fit_alone(folder, "average", *options) / "checkpoints" / "last.ckpt"
-    options += ("--config", "tiny.yaml", "--name", "averages", "--data.batch_size", 2)
-    done = run("fit", *options, cwd=folder)
+    own = ("--config", "tiny.yaml", "--name", "averages", "--data.batch_size", 2)
+    done = run("fit", *own, *options, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     two = folder / "runs" / "averages" / "version_0" / "checkpoints" / "last.ckpt"
     ours, theirs = read_checkpoint(one), read_checkpoint(two)
@@ -179,6 +179,27 @@ def is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_process_that_is_asked_to_stop_stops_the_other_at_the_same_step(asked, folder, tmp_path):
+    options = ("--config", "tiny.yaml", "--name", f"asked{asked}", "--data.batch_size", 2)
+    options += ("--trainer.max_steps", 100_000, "--trainer.val_check_interval", 10_000)
+    last = folder / "runs" / f"asked{asked}" / "version_0" / "checkpoints" / "last.ckpt"
+    with (tmp_path / "said").open("w") as said:
+        started = command("fit", *options, "--last_checkpoint.every_n_steps", 7)
+        process = subprocess.Popen(started, cwd=folder, stdout=said, stderr=said)
+        pids = ranks_of(process)
+        while not last.exists():
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.02)
+        os.kill(pids[asked], signal.SIGTERM)
+        assert process.wait(WITHIN) == 128 + signal.SIGTERM, (tmp_path / "said").read_text()
+    step = read_checkpoint(last)["global_step"]
+    assert step % 10 == 0 or step % 7 == 0  # where they talk to each other
+    assert f"SIGTERM: stopped after step {step}," in (tmp_path / "said").read_text()
+    assert not any(map(is_running, pids))
 
 
 @pytest.mark.slow
