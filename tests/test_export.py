@@ -219,7 +219,7 @@ def test_int8(checkpoint, tmp_path, fixed, monkeypatch):
     image = torch.stack([rgb_pixels(scene) for scene in scenes])
     found, expected = run_onnx(tmp_path / "a.onnx", image), eager(checkpoint, image)
     error = float((found - expected).abs().max() / expected.abs().max())
-    assert 1e-5 < error < 0.15
+    assert 1e-5 < error < 0.1  # 0.05; 0.2 where products overflow, on a CPU without VNNI
     assert torch.cat(calibrated).equal(image)
 
 

@@ -134,7 +134,7 @@ class ISANet(nn.Module):
     ) -> None:
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         # As a config has them, that a checkpoint is compared with: 1 and 1.0 are one number.
-        arguments |= {"mean": [float(m) for m in mean], "std": [float(s) for s in std]}
+        arguments |= {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
         super().__init__()
         _check(arguments)
         reduced = form == "reduced"
