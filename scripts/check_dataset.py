@@ -146,7 +146,8 @@ def show_progress(console: Console, total: int) -> Iterator[Callable[[str, int],
     try:
         yield advance
     finally:
-        bar.stop()
+        if console.is_terminal:  # elsewhere older releases of rich leave an empty line
+            bar.stop()
     seconds = time.monotonic() - start
     print(f"{done} pairs read in {seconds:.1f} s, {1000 * seconds / max(1, done):.1f} ms each")
 
