@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the project into .venv and trains ISANet on the synthetic task: about a minute on two
+# Installs the project into .venv and trains ISANet on the synthetic task: 1 to 4 minutes on two
 # cores after the installation. Arguments are passed on: scripts/quickstart.sh --name mine
 set -euo pipefail
 cd "$(dirname "$0")/.."

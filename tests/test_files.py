@@ -247,6 +247,16 @@ def test_sixteen_bit_grey_keeps_its_upper_eight_bits(tmp_path):
     assert displayed_size(tmp_path / "a.png") == (2, 3)
 
 
+def test_sixteen_bits_of_either_byte_order(tmp_path):
+    grey = np.array([[0, 255, 256], [511, 32768, 65535]], dtype=">u2")
+    for order in ("<", ">"):
+        image = Image.frombytes(
+            "I;16" if order == "<" else "I;16B", (3, 2), grey.astype(f"{order}u2").tobytes()
+        )
+        image.save(tmp_path / "a.tif")
+        assert pixels(tmp_path / "a.tif")[..., 0].tolist() == [[0, 0, 1], [1, 128, 255]]
+
+
 @pytest.mark.parametrize(
     ("dtype", "mode"), [(np.float32, "F"), (np.int32, "I"), (np.uint16, "I;16")]
 )
