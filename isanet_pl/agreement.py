@@ -10,7 +10,7 @@ from isanet_pl.errors import InputError
 from isanet_pl.finite import first_not_finite
 
 # What a checkpoint and a config may disagree about: it leaves the trained function as it is.
-TRAINING_ONLY = frozenset({"pretrained", "weights_path", "dropout"})
+TRAINING_ONLY = frozenset({"pretrained", "weights_path", "dropout", "recompute"})
 
 
 def check_agreement(

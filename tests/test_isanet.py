@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from isanet_pl.models import Backbone, ISANet
+from isanet_pl.models import Backbone, ISANet, SelfAttentionBlock2D
 from isanet_pl.models.layers import SameConv
 from isanet_pl.models.weights import load_weights
 
@@ -467,6 +467,14 @@ def test_wrapped_weights_load(network, direct, weights, tmp_path, wrapper):
     torch.save({wrapper: part, "epoch": 3}, tmp_path / "wrapped.pth")
     network.load_file(tmp_path / "wrapped.pth")
     assert_loaded(network, part, direct)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_all_blocks_compute_again_or_none(recompute):
+    small = {"last_stage": 1, "key_channels": 4, "value_channels": 4, "out_channels": 4}
+    network = ISANet(3, "resnet18", **small, down_factors=[(4, 4), (2, 2)], recompute=recompute)
+    blocks = [m for m in network.modules() if isinstance(m, SelfAttentionBlock2D)]
+    assert [block.recompute for block in blocks] == [recompute] * 4
 
 
 def test_whole_numbers_of_the_normalisation_are_as_a_config_has_them():

@@ -300,6 +300,7 @@ class ISABlock(nn.Module):
         mask_padding: Keep padded positions from being attended to. The reference does not. They
             take part in BatchNorm's training statistics either way.
         negative_slope: Of the activations below zero.
+        recompute: See `SelfAttentionBlock2D`.
     """
 
     def __init__(
@@ -313,6 +314,7 @@ class ISABlock(nn.Module):
         order: AttentionOrder = "long_short",
         mask_padding: bool = False,
         negative_slope: float = 0.0,
+        recompute: bool = True,
     ) -> None:
         super().__init__()
         if len(down_factor) != 2 or not all(isinstance(d, int) and d >= 1 for d in down_factor):
@@ -325,7 +327,13 @@ class ISABlock(nn.Module):
         for i, name in enumerate(self.ranges):
             channels = in_channels if i == 0 else out_channels
             block = SelfAttentionBlock2D(
-                channels, key_channels, value_channels, out_channels, value_bias, negative_slope
+                channels,
+                key_channels,
+                value_channels,
+                out_channels,
+                value_bias,
+                negative_slope,
+                recompute,
             )
             self.add_module(f"{name}_range_sa", block)
 
@@ -367,6 +375,7 @@ class ISAModule(nn.Module):
         order: See `ISABlock`.
         mask_padding: See `ISABlock`.
         negative_slope: Of the activations below zero.
+        recompute: See `SelfAttentionBlock2D`.
     """
 
     def __init__(
@@ -382,6 +391,7 @@ class ISAModule(nn.Module):
         order: AttentionOrder = "long_short",
         mask_padding: bool = False,
         negative_slope: float = 0.0,
+        recompute: bool = True,
     ) -> None:
         super().__init__()
         if not down_factors:
@@ -398,6 +408,7 @@ class ISAModule(nn.Module):
                 order,
                 mask_padding,
                 negative_slope,
+                recompute,
             )
             for down_factor in down_factors
         )

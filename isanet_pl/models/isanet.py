@@ -85,6 +85,8 @@ class ISANet(nn.Module):
             None: if reduced. Of ISA alone.
         context_first: Concatenate [context, input], as mmsegmentation does, instead of
             [input, context], as the authors do; None: if reduced. Of ISA alone.
+        recompute: In training, compute a part of ISA once more in the backward pass instead of
+            keeping it: half the memory of the block for a few per cent of the time. Of ISA alone.
         ceil_mode: Round the max-pool's size up (the authors' backbone).
         negative_slope: Of the head's activations below zero; 0 is ReLU. The authors' models with
             InPlaceABN have 0.01.
@@ -127,6 +129,7 @@ class ISANet(nn.Module):
         mask_padding: bool = False,
         value_bias: bool | None = None,
         context_first: bool | None = None,
+        recompute: bool = True,
         ceil_mode: bool = False,
         negative_slope: float = 0.0,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
@@ -348,7 +351,7 @@ def _context_module(channels: int, arguments: Mapping[str, Any]) -> nn.Module:
     context = arguments["context"]
     if context == "isa":
         attention = taken("key_channels", "value_channels", "down_factors", "order")
-        ports = taken("mask_padding", "value_bias", "context_first")
+        ports = taken("mask_padding", "value_bias", "context_first", "recompute")
         return ISAModule(channels, **attention, **ports, **common)
     if context in ("dense", "dense_sdpa"):
         return DenseAttention(
