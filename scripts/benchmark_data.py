@@ -1,7 +1,7 @@
 """Measures training samples per second of one core: resize-then-crop, crop-then-resize, cached.
 
 python scripts/benchmark_data.py --camvid data/camvid --output docs/benchmark_data.json \
-    --readme README.md
+    --readme docs/data.md
 
 All variants decode the same files with the same library and end with the same kind of sample: a
 uint8 crop at a random scale of 0.5 to 2, mirrored at random, drawn again where one class fills it.
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=24, help="pictures of each kind")
     parser.add_argument("--rounds", type=int, default=9, help="times that all are measured")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--readme", type=Path, help="README whose table is to be replaced")
+    parser.add_argument("--readme", type=Path, help="page whose table is to be replaced")
     args = parser.parse_args()
     torch.set_num_threads(1)  # as in a loader's process
     results = {}
