@@ -352,7 +352,7 @@ def test_the_time_left_follows_from_the_steps_done(tmp_path):
     assert share == pytest.approx(0.3)
 
 
-GRIDS = [command[2:] for command in COMMANDS if command[1] == "scripts/ablate.py"]
+GRIDS = [command[2:] for command in COMMANDS if command[1:2] == ["scripts/ablate.py"]]
 
 
 @pytest.mark.parametrize("command", GRIDS)

@@ -51,8 +51,6 @@ def test_draw_stages_writes_a_picture(tmp_path):
 def test_benchmark_data_writes_its_table(tmp_path, small_camvid):
     marks = "<!-- data benchmark: written by a script -->", "<!-- end of data benchmark -->"
     (tmp_path / "README.md").write_text("\n".join(["before", *marks, "after"]))
-    short = [line.replace("efficiency", "efficiency ratios") for line in marks]
-    (tmp_path / "short.md").write_text("\n".join(["before", *short, "after"]))
     small = ("--size", 64, 128, "--crop", 32, 64, "--count", 2, "--rounds", 2)
     files = ("--output", "new/data.json", "--readme", "README.md")
     done = script("benchmark_data.py", *small, *files, "--camvid", small_camvid, cwd=tmp_path)
@@ -71,6 +69,8 @@ def test_benchmark_data_writes_its_table(tmp_path, small_camvid):
 def test_benchmark_efficiency_writes_everything(tmp_path):
     marks = "<!-- efficiency: written by a script -->", "<!-- end of efficiency -->"
     (tmp_path / "README.md").write_text("\n".join(["before", *marks, "after"]))
+    short = [line.replace("efficiency", "efficiency ratios") for line in marks]
+    (tmp_path / "short.md").write_text("\n".join(["before", *short, "after"]))
     small = ("--size", 9, 8, "--train", "--rounds", 1, "--growth", 8, 12, "--forms", "direct")
     only = ("--only", "ISA", "ISA, plain formulation", "dense attention")
     files = ("--output", "new/efficiency", "--pages", "README.md", "short.md")
