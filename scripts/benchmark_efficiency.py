@@ -360,10 +360,12 @@ def main() -> None:
         # fp32 is fp32 in convs and products alike, and convs are those that are fastest.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
-    if cells or args.growth or args.networks:
+    measured = bool(cells or args.growth or args.networks)
+    if measured:
         measure(args, cells)
     record = json.loads((args.output / "efficiency.json").read_text("utf-8"))
-    write(args.output, record)
+    if not measured:
+        write(args.output, record)
     blocks = {"efficiency": short_markdown(record), "efficiency ratios": headline(record)}
     print(blocks["efficiency"])
     for page in args.pages:

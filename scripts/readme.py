@@ -17,7 +17,7 @@ def write_block(path: Path, name: str, text: str) -> None:
     Raises:
         SystemExit: The file lacks the marks.
     """
-    begin, end = f"<!-- {name}: written by a script -->", f"<!-- end of {name} -->"
+    begin, end = _begin(name), f"<!-- end of {name} -->"
     content = path.read_text("utf-8")
     if begin not in content or end not in content:
         sys.exit(f"{path} lacks the lines {begin!r} and {end!r}")
@@ -28,7 +28,12 @@ def write_block(path: Path, name: str, text: str) -> None:
 
 def has_block(path: Path, name: str) -> bool:
     """Returns whether a page has a block of a name."""
-    return f"<!-- {name}: written by a script -->" in path.read_text("utf-8")
+    return _begin(name) in path.read_text("utf-8")
+
+
+def _begin(name: str) -> str:
+    """Returns the mark before a block."""
+    return f"<!-- {name}: written by a script -->"
 
 
 def find_blocks(path: Path, kind: str) -> list[str]:

@@ -41,15 +41,10 @@ def test_commands_parse(command, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     checkpoint = write_checkpoint(tmp_path / "best.ckpt")
     monkeypatch.setattr(sys, "argv", ["isanet-pl"])
-    # A run's own config is the leaf that the run was started with, as far as parsing goes.
-    arguments = [
-        re.sub(r"runs/([\w-]+)/version_\d+/config\.yaml", r"configs/\1.yaml", part)
-        for part in command[1:]
-    ]
     stand_ins = {"my.yaml": "configs/quickstart.yaml"}
     arguments = [
         str(checkpoint) if part.endswith("best.ckpt") else stand_ins.get(part, part)
-        for part in arguments
+        for part in command[1:]
     ]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--print_config"])
@@ -69,6 +64,11 @@ def test_links_and_pictures_exist(page):
         file = page.parent / path if path else page
         assert file.exists(), path
         assert not heading or heading in anchors(file), heading
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results/README.md"])
+def test_links_are_found(page):
+    assert len(re.findall(r"\]\(((?!http)[^)\s]+)\)", (ROOT / page).read_text("utf-8"))) > 5
 
 
 def test_every_page_is_linked():
