@@ -5,14 +5,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import make_camvid, make_folder
+from foreign_nets import openseg_layout
 from layouts import make_ade20k, make_cityscapes, make_voc
 
 from isanet_pl.cli import main
+from isanet_pl.convert.layout import rename
+from isanet_pl.convert.openseg import NETWORK, rules_of
+from isanet_pl.models import ISANet
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-RECIPES = [path for path in CONFIGS if re.match(r"isanet(-direct)?_r", path.name)]
+RECIPES = [path for path in CONFIGS if re.match(r"isanet(-direct|-openseg)?_r", path.name)]
 OTHERS = [path for path in CONFIGS if path not in RECIPES]
 
 # What makes a step small; none of it changes which classes are built.
@@ -105,18 +110,20 @@ def test_every_published_setting_has_a_recipe():
     assert expected <= names
     for data in ("cityscapes", "ade20k", "voc12aug"):
         assert any(name.startswith("isanet-direct_r50") and data in name for name in names)
+    assert "isanet-openseg_r101-d8_4xb2-40k_cityscapes-512x1024" in names
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_is_what_its_name_says(path):
     form, depth, batch, steps, data = re.fullmatch(
-        r"isanet(-direct)?_r(\d+)-d8_4xb(\d)-(\d+)k_(\w+-\w+)", path.stem
+        r"isanet(-direct|-openseg)?_r(\d+)-d8_4xb(\d)-(\d+)k_(\w+-\w+)", path.stem
     ).groups()
     config = read(path)
     published_batch, class_path, base_size, crop_size = PUBLISHED[data]
     network, trainer = config["model"]["network"], config["trainer"]
-    assert network["form"] == ("direct" if form else "reduced")
-    assert network["backbone"] == f"resnet{depth}" + ("" if form else "c")
+    assert network["form"] == ("direct" if form == "-direct" else "reduced")
+    stem = {None: "c", "-direct": "", "-openseg": "s"}[form]
+    assert network["backbone"] == f"resnet{depth}{stem}"
     assert network["pretrained"] is True
     assert int(batch) == published_batch == config["data"]["init_args"]["batch_size"]
     assert config["model"]["reference_batch_size"] == 4 * published_batch
@@ -126,7 +133,7 @@ def test_recipe_is_what_its_name_says(path):
     assert trainer["max_steps"] == 1000 * int(steps)
     assert trainer["val_check_interval"] == 100 * int(steps)
     sliding = "769" in data
-    assert network.get("align_corners", False) is sliding
+    assert network.get("align_corners", False) is (sliding or form == "-openseg")
     slide = {"mode": "slide", "crop_size": [769, 769], "stride": [513, 513]}
     assert config["model"].get("inference") == (slide if sliding else None)
 
@@ -138,6 +145,19 @@ def test_recipe_is_short_and_says_what_to_expect(path):
     header = " ".join(line.strip("# ") for line in text.splitlines() if line.startswith("#"))
     assert "4 GPUs" in header
     assert re.search(r"Expected: .*\d\d\.\d+ mIoU", header)
-    published = not path.stem.startswith("isanet-direct")
-    assert ("mmsegmentation took" in header) == published
-    assert not published or re.search(r"took \d+\.\d+ GB on each V100", header)
+    of_mmseg = path.stem.startswith("isanet_")
+    assert ("mmsegmentation took" in header) == of_mmseg
+    assert not of_mmseg or re.search(r"took \d+\.\d+ GB on each V100", header)
+
+
+def test_authors_recipe_builds_the_network_of_their_checkpoints():
+    (path,) = (path for path in RECIPES if path.stem.startswith("isanet-openseg"))
+    config = read(path)
+    network = config["model"]["network"]
+    assert network.items() >= NETWORK.items()
+    assert len(config["model"]["loss"]["class_weights"]) == 19
+    with torch.device("meta"):
+        own = ISANet(19, **{**network, "pretrained": False}).state_dict()
+    rules = rules_of(inplace_abn=False)
+    shapes = {rename(name, rules): tuple(tensor.shape) for name, tensor in own.items()}
+    assert shapes == dict(openseg_layout(depth=101, num_classes=19, inplace=False))

@@ -36,8 +36,9 @@ class Backbone(nn.Module):
     Parameters carry timm's names, which are torchvision's for ResNet-18/34/50/101.
 
     Args:
-        name: A timm ResNet: `resnet18`, `resnet34`, `resnet50`, `resnet101`, or the V1c variants
-            with the deep stem of mmsegmentation, `resnet50c`, `resnet101c`.
+        name: A timm ResNet: `resnet18`, `resnet34`, `resnet50`, `resnet101`; the V1c variants with
+            the deep stem of mmsegmentation, `resnet50c`, `resnet101c`; those with the authors'
+            stem, twice as wide, `resnet50s`, `resnet101s`.
         output_stride: Input pixels per feature position; strides beyond it become dilations.
         last_stage: The last residual stage to build, 1 to 4; 4 is the whole network.
         ceil_mode: Round the max-pool's size up, as the authors' backbone does.

@@ -1,8 +1,9 @@
 """The context modules that ISA is compared with, (N, C, H, W) -> (N, C_out, H, W) as `ISAModule`.
 
 Each is built as its paper and mmsegmentation's head have it, from its input on, so that they share
-backbone, classifier and recipe, and differ in the context alone. Pooled maps are enlarged without
-`align_corners`, whatever the network does with its logits.
+backbone, classifier and recipe, and differ in the context alone; dense attention is ISA's own block
+over all positions. Pooled maps are enlarged without `align_corners`, whatever the network does with
+its logits.
 """
 
 from collections.abc import Sequence
@@ -46,8 +47,10 @@ class NoContext(nn.Module):
 class DenseAttention(nn.Module):
     """Returns a map with dense self-attention mixed in: every position attends to every other.
 
-    The block that ISA factorises, in the same place: OCNet's BaseOC (arXiv 1809.00916) with the
-    authors' concatenation and conv1x1. Its affinity has (H W)^2 entries for each image.
+    The block that ISA factorises, in the same place, then the authors' concatenation and conv1x1:
+    what remains if only the factorisation is taken away. OCNet's BaseOC (arXiv 1809.00916) has
+    the same widths but no BatchNorm and ReLU after the attention, and starts its last conv at
+    zero. The affinity has (H W)^2 entries for each image.
 
     Args:
         in_channels: Channels of the input.

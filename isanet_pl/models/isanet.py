@@ -56,7 +56,8 @@ class ISANet(nn.Module):
 
     Args:
         num_classes: K; the command line takes it from the data.
-        backbone: A timm ResNet: resnet18, resnet34, resnet50, resnet101, resnet50c, resnet101c.
+        backbone: A timm ResNet: resnet18, resnet34, resnet50, resnet101; with the deep stem of
+            mmsegmentation resnet50c, resnet101c; with the authors' wider one resnet50s, resnet101s.
         output_stride: Input pixels per feature position.
         last_stage: The last residual stage of the backbone to build; 4 is the whole ResNet.
         pretrained: Load timm's ImageNet weights (downloads them).
