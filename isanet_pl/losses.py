@@ -25,12 +25,14 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 class SegmentationLoss(nn.Module):
     """Returns the cross-entropy of the main and, weighted, of the auxiliary logits.
 
-    With OHEM (online hard example mining; openseg's `fs_auxohemce_loss`, mmsegmentation's
-    `OHEMPixelSampler`) only pixels whose true class has a probability below a threshold count.
+    With OHEM (online hard example mining) only pixels whose true class has a probability below a
+    threshold count in the loss of the main logits; the auxiliary head's counts all, as in
+    openseg's `fs_auxohemce_loss` and mmsegmentation's example of its `OHEMPixelSampler`.
 
-    The mean is over the counted pixels, as in `torch.nn.CrossEntropyLoss` and openseg.
-    mmsegmentation's default, `avg_non_ignore=False`, divides by all pixels instead, so that its
-    steps are the smaller the more of a crop is padding.
+    The mean is over the counted pixels, as in `torch.nn.CrossEntropyLoss` and openseg (whose OHEM
+    divides by the number of pixels, not by the sum of their class weights). mmsegmentation's
+    default, `avg_non_ignore=False`, divides by all pixels instead, so that its steps are the
+    smaller the more of a crop is padding.
 
     In training on several ranks the mean is that over the counted pixels of all of them: the mean
     of the ranks' losses, and DDP's of their gradients, are those of one process with all images.
@@ -81,12 +83,12 @@ class SegmentationLoss(nn.Module):
         Raises:
             ValueError: There are not as many class weights as classes.
         """
-        loss = self._cross_entropy(outputs["out"], target)
+        loss = self._cross_entropy(outputs["out"], target, self.ohem_threshold)
         if "aux" in outputs:
-            loss = loss + self.aux_weight * self._cross_entropy(outputs["aux"], target)
+            loss = loss + self.aux_weight * self._cross_entropy(outputs["aux"], target, None)
         return loss
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, target: Tensor, threshold: float | None) -> Tensor:
         num_classes = logits.shape[1]
         if self.class_weights is not None and len(self.class_weights) != num_classes:
             raise ValueError(
@@ -98,8 +100,8 @@ class SegmentationLoss(nn.Module):
             logits.float(), target, ignore_index=self.ignore_index, reduction="none"
         )
         counted = target != self.ignore_index
-        if self.ohem_threshold is not None:
-            counted = counted & self._is_hard(losses.detach(), counted)
+        if threshold is not None:
+            counted = counted & self._is_hard(losses.detach(), counted, threshold)
         if self.class_weights is None:
             weights = counted.float()
         else:
@@ -111,11 +113,10 @@ class SegmentationLoss(nn.Module):
         tiny = torch.finfo(torch.float32).tiny
         return (losses * weights).sum() / counted_weight.clamp(min=tiny)
 
-    def _is_hard(self, losses: Tensor, counted: Tensor) -> Tensor:
+    def _is_hard(self, losses: Tensor, counted: Tensor, threshold: float) -> Tensor:
         """Returns a bool map: probability at most the threshold, or among the hardest."""
-        assert self.ohem_threshold is not None
         # Those that do not count come last. Taking them out would have to wait for a GPU.
         probability = (-losses).exp().masked_fill(~counted, 2.0).flatten()
         kept = min(max(self.ohem_min_kept, 1), probability.numel())
-        threshold = probability.kthvalue(kept).values.clamp(min=self.ohem_threshold)
-        return (probability <= threshold).view_as(counted)
+        limit = probability.kthvalue(kept).values.clamp(min=threshold)
+        return (probability <= limit).view_as(counted)
