@@ -76,6 +76,25 @@ def different_arguments(saved: Mapping[str, Any], own: Mapping[str, Any]) -> lis
     ]
 
 
+def different_views(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each setting by which images are seen otherwise than a checkpoint says.
+
+    Args:
+        saved: The `inference` of a checkpoint.
+        own: That of the network that the config describes.
+    """
+    return [
+        f"model.inference.{key}: checkpoint {saved[key]}, now {value}"
+        for key, value in own.items()
+        if key in saved and _plain(saved[key]) != _plain(value)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value as a config has it: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
 def _check_arguments(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     differences = different_arguments(saved, own)
     if differences:

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from isanet_pl.agreement import check_agreement
+from isanet_pl.agreement import check_agreement, different_views
 from isanet_pl.errors import InputError
 from isanet_pl.explain import SLIDING, out_of_memory
 from isanet_pl.finite import first_not_finite, largest
@@ -378,9 +378,20 @@ class SegmentationModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another network; restores which weights were pretrained.
 
+        An evaluation that sees images otherwise than the checkpoint says tells so. (Of a fit all
+        differences are told by `RunConfig`.)
+
         Raises:
             InputError: Classes or network of the checkpoint differ from this module's.
         """
         check_agreement(checkpoint, self.network.arguments, self.class_names, self.state_dict())
         self.network.loaded = frozenset(checkpoint.get("pretrained_names", ()))
         self.loaded_step = int(checkpoint.get("global_step", 0))
+        saved = checkpoint.get("hyper_parameters", {}).get("inference", {})
+        differences = different_views(saved, dataclasses.asdict(self.inference))
+        trainer = self._trainer
+        if differences and trainer and trainer.is_global_zero and trainer.state.fn != "fit":
+            log.info(
+                "images are seen otherwise than by the checkpoint's own settings:\n  %s",
+                "\n  ".join(differences),
+            )

@@ -475,6 +475,12 @@ def test_no_logger_if_none_is_wanted(tiny, tmp_path, monkeypatch):
     assert not cli.trainer.loggers
     assert {p.name for p in tmp_path.iterdir()} == {tiny.name, "config.yaml", "checkpoints"}
     assert (tmp_path / "config.yaml").read_text() == TINY
+    with pytest.raises(InputError, match="holds the checkpoints of another run"):
+        run("fit", tmp_path / "config.yaml", tmp_path, *no_logger)
+    more = ("--trainer.logger", "false", "--trainer.max_steps", 2)
+    checkpoint = ("--ckpt_path", "checkpoints/last.ckpt")
+    cli = run("fit", tmp_path / "config.yaml", tmp_path, *more, *checkpoint)
+    assert cli.trainer.global_step == 2
 
 
 def test_every_option_of_ours_has_a_help_line(capsys):

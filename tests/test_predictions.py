@@ -27,8 +27,9 @@ PALETTE = ((70, 130, 180), (128, 64, 128), (0, 0, 142))
 
 
 @pytest.fixture(autouse=True)
-def no_process_arguments(monkeypatch):
+def in_a_folder_of_its_own(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["isanet-pl"])
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))  # runs are written there
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,8 @@ def test_probabilities_on_request(checkpoint, photos, tmp_path):
     assert np.array_equal(values.argmax(0)[sure], mask[sure])
 
 
-def test_inference_settings_travel_with_the_checkpoint_and_can_be_changed(photos, tmp_path):
+def test_inference_settings_travel_with_the_checkpoint_and_can_be_changed(photos, tmp_path, caplog):
+    caplog.set_level("INFO", "isanet_pl")
     settings = {"mode": "slide", "crop_size": [8, 8], "flip": True, "base_size": [40, 20]}
     path = write_checkpoint(tmp_path / "slide.ckpt", inference=settings)
     cli = predict(path, photos, tmp_path / "out")
@@ -160,6 +162,8 @@ def test_inference_settings_travel_with_the_checkpoint_and_can_be_changed(photos
     assert tuple(cli.model.inference.base_size) == (40, 20)
     other = np.array(Image.open(tmp_path / "whole" / "masks" / "b.png"))
     assert not np.array_equal(other, written)
+    said = "otherwise than by the checkpoint's own settings:\n  model.inference.mode: checkpoint"
+    assert [said in record.getMessage() for record in caplog.records].count(True) == 1  # not before
 
 
 @pytest.mark.parametrize(

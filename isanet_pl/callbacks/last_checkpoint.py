@@ -131,6 +131,25 @@ class LastCheckpoint(Checkpoint):
                 if isinstance(callback, ModelCheckpoint):
                     _relocate(checkpoint["callbacks"].get(callback.state_key, {}), callback.dirpath)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses to write over another run's checkpoints, where runs have no folders of their own.
+
+        Raises:
+            InputError: `last.ckpt` is there, and is not what this run goes on from.
+        """
+        there = self._folder(trainer) / LAST
+        if run_folder(trainer) is not None or not there.exists():
+            return
+        if (
+            trainer.ckpt_path is None
+            or Path(trainer.ckpt_path).parent.resolve() != there.parent.resolve()
+        ):
+            raise InputError(
+                f"{there.parent} holds the checkpoints of another run, and --trainer.logger false "
+                "leaves this one without a folder of its own: move them away, or give another "
+                "--trainer.default_root_dir"
+            )
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes up the random numbers, and listens for SIGTERM from here on.
 
