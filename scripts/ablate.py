@@ -117,7 +117,7 @@ class Grid:
         self.configs = configs
         self.jobs = jobs
         self.say = say
-        self.waiting = deque(configs)
+        self.waiting: deque[Cell] = deque()
         self.running: dict[int, Attempt] = {}
         self.failures: dict[str, list[str]] = {}
         self.start = time.monotonic()
@@ -130,6 +130,12 @@ class Grid:
         Args:
             show: Told now and then how it stands, in words and as a share.
         """
+        for cell, config in self.configs.items():
+            found = cell.find(config)
+            if found.finished:
+                self.say(f"{cell.name}: has finished, {found}")
+            else:
+                self.waiting.append(cell)
         try:
             while self.waiting or self.running:
                 for slot in set(range(self.jobs)) - self.running.keys():
@@ -156,7 +162,7 @@ class Grid:
                 self.failures[cell.name] = ["another process runs it"]
                 continue
             if attempt.process is None:
-                self.say(f"{cell.name}: has finished, {attempt.found.miou:.2%} val mIoU")
+                self.say(f"{cell.name}: has finished, {attempt.found}")
                 continue
             resumed = attempt.found.checkpoint
             self.say(f"{cell.name}: " + (f"resumes from {resumed}" if resumed else "starts"))
@@ -168,8 +174,8 @@ class Grid:
         found = cell.find(self.configs[cell])
         first, now = attempt.progress()
         self.work += now - first
-        if code == 0 and found.miou is not None:
-            self.say(f"{cell.name}: {found.miou:.2%} val mIoU")
+        if code == 0 and found.finished:
+            self.say(f"{cell.name}: {found}")
             return
         reason = f"exit code {code}; the end of {cell.log}:"
         if code == 0:
@@ -233,8 +239,8 @@ def print_commands(configs: Configs) -> None:
     """Prints what would be run."""
     for cell, config in configs.items():
         found = cell.find(config)
-        if found.miou is not None:
-            print(f"# {cell.name} has finished, {found.miou:.2%} val mIoU")
+        if found.finished:
+            print(f"# {cell.name} has finished, {found}")
         else:
             print(cell.shell_line(resume=found.checkpoint is not None))
 

@@ -130,10 +130,11 @@ def measure(variants: dict[str, Sampler], count: int, rounds: int) -> dict[str, 
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in track(range(rounds), "measuring", transient=True):
         for name, sample in variants.items():
-            torch.manual_seed(number)  # all variants draw the same scales
+            torch.manual_seed(number)
             order = torch.randperm(count).tolist()
             start = time.perf_counter()
             for i in order:
+                torch.manual_seed(count * number + i)  # all variants draw the same scale
                 sample(i)
             times[name].append(1000 * (time.perf_counter() - start) / count)
     return {

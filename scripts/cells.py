@@ -38,12 +38,17 @@ class Found:
     """What earlier starts left of a cell.
 
     Attributes:
-        miou: Of the last validation, as a fraction, if a run has finished.
+        finished: Whether a run has.
+        miou: Of its last validation, as a fraction; None where nothing was labelled.
         checkpoint: What a run that was stopped goes on from, if none has finished.
     """
 
+    finished: bool = False
     miou: float | None = None
     checkpoint: Path | None = None
+
+    def __str__(self) -> str:
+        return "no val mIoU" if self.miou is None else f"{self.miou:.2%} val mIoU"
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class Cell:
             result = _result_of_fit(run)
             if result is not None:
                 self._check_same(run, config)
-                return Found(miou=result["scores"]["miou"])
+                return Found(finished=True, miou=result["scores"]["miou"])
         stopped = find_run(str(self.output), self.name)
         if stopped is None:
             return Found()
@@ -174,7 +179,7 @@ class Attempt:
             except BlockingIOError:
                 raise CellInUse from None
             self.found = cell.find(config)
-            if self.found.miou is not None:
+            if self.found.finished:
                 return
             self.begin = log.seek(0, os.SEEK_END)
             self.process = subprocess.Popen(

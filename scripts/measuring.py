@@ -30,17 +30,19 @@ def alternate(calls: Mapping[str, Call], rounds: int, warmup: int = 2) -> dict[s
     Args:
         calls: What to time.
         rounds: How often.
-        warmup: Calls before that, each.
+        warmup: Calls before that, each; on a GPU two more.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     repeats = dict.fromkeys(calls, 1)
+    if torch.cuda.is_available():
+        for name, call in calls.items():
+            _seconds(call, 1)  # takes long: kernels are loaded, and cuDNN tries its algorithms
+            repeats[name] = max(1, round(GPU_SECONDS / _seconds(call, 1)))
     for number in range(warmup + rounds):
         for name, call in calls.items():
-            seconds = _seconds(call, repeats[name])
+            milliseconds = 1000 * _seconds(call, repeats[name])
             if number >= warmup:
-                times[name].append(1000 * seconds)
-            elif torch.cuda.is_available():
-                repeats[name] = max(1, round(GPU_SECONDS / seconds))
+                times[name].append(milliseconds)
     return times
 
 

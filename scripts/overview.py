@@ -1,6 +1,7 @@
 """One table of what each training on a data set reached, beside what papers say."""
 
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from labels import NO_DIFFERENCE, starts
 from report_page import Cell, Table
 from report_tables import mean_time, number, spread
 from resumed_runs import owner
-from run_folders import Run
+from run_folders import Run, natural
 from settings import Comparison, statistic
 
 from isanet_pl.errors import InputError
@@ -26,6 +27,10 @@ Scales are those of the training's own validations times these, where it has a s
 
 COLUMNS = ("val", "val ms+flip", "test", "test ms+flip")
 
+MEASURED_ALIKE = ("model.inference.pad_multiple", "data.base_size", "data.label_map",
+                  "data.reduce_zero_label")  # fmt: skip
+"""What an evaluation must have in common with the training's own for a score to have a column."""
+
 # What is said elsewhere: by the row's beginning, the start of the training, and the columns.
 UNTOLD = ("config", "data", "data.root", "model.network.pretrained", "model.network.weights_path",
           "trainer.max_steps")  # fmt: skip
@@ -38,12 +43,14 @@ class Training:
     Args:
         label: Its configs, and the options that change it.
         run: With the result at the end of the training.
+        seed: Of the training.
         scores: mIoU as a fraction, by column.
         step: Of the weights that were measured.
     """
 
     label: str
     run: Run
+    seed: str
     scores: dict[str, float]
     step: int = 0
 
@@ -65,7 +72,12 @@ def read_options(command: str) -> list[tuple[str, str]]:
 def find_label(command: str) -> str:
     """Returns the configs of a training, and the options that change it."""
     options = read_options(command)
-    configs = [Path(value).stem for name, value in options if name == "config"]
+    configs = [
+        # What a run has saved is called config.yaml in each run folder.
+        value if Path(value).name == "config.yaml" else Path(value).stem
+        for name, value in options
+        if name == "config"
+    ]
     changes = [
         f"{name}={value}"
         for name, value in options
@@ -94,11 +106,18 @@ def find_column(split: str, config: Mapping[str, Any], trained: Mapping[str, Any
         return None
     if inference["mode"] != "whole":
         return None
+    if _measured_alike(config) != _measured_alike(trained):
+        return None
     own = trained["model.inference.scales"]
     unit = own[0] if len(own) == 1 else 1
     scales = tuple(round(scale / unit, 6) for scale in inference["scales"])
     views = VIEWS.get((scales, inference["flip"]))
     return None if views is None else split + views
+
+
+def _measured_alike(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what is set of MEASURED_ALIKE, by dotted key."""
+    return {k: v for k, v in config.items() if starts(k, MEASURED_ALIKE) and v not in (None, False)}
 
 
 def find_trainings(comparisons: Sequence[Comparison]) -> list[Training]:
@@ -112,9 +131,9 @@ def find_trainings(comparisons: Sequence[Comparison]) -> list[Training]:
             of.
     """
     trainings: dict[Path, Training] = {}
-    for comparison, run in _runs(comparisons, ("fit",)):
+    for comparison, run, seed in _runs(comparisons, ("fit",)):
         assert run.result is not None
-        training = Training(find_label(run.result.command), run, {})
+        training = Training(find_label(run.result.command), run, seed, {})
         known = trainings.setdefault(run.folder, training)  # several names may keep the same one
         if known.run.result != run.result:
             raise InputError(
@@ -122,7 +141,9 @@ def find_trainings(comparisons: Sequence[Comparison]) -> list[Training]:
                 f"{run.result.command}\nGive one another --name, and add its runs again"
             )
         _add(known, comparison.split, run)
-    for comparison, run in _runs(comparisons, ("validate", "test")):
+    evaluations = _runs(comparisons, ("validate", "test"))
+    # Where one way was measured twice, the first counts and not the better one.
+    for comparison, run, _ in sorted(evaluations, key=lambda found: natural(found[1].folder)):
         kept = [training.run for training in trainings.values()]
         trained = owner(run.config.get("ckpt_path"), kept)
         if trained is not None:
@@ -147,12 +168,13 @@ def _add(training: Training, split: str, measured: Run) -> None:
 
 def _runs(
     comparisons: Sequence[Comparison], commands: Sequence[str]
-) -> Iterator[tuple[Comparison, Run]]:
+) -> Iterator[tuple[Comparison, Run, str]]:
+    """Yields the runs of some commands, with the seeds of their trainings."""
     for comparison in comparisons:
         if comparison.command in commands:
             for setting in comparison.settings:
-                for run in setting.runs.values():
-                    yield comparison, run
+                for seed, run in setting.runs.items():
+                    yield comparison, run, seed
 
 
 def _miou(run: Run) -> float:
@@ -171,11 +193,15 @@ def overview_table(
         published: `name`, `source` and the score in percent by column, of each number.
     """
     ways: dict[tuple[Any, ...], list[Training]] = {}
+    repeats: Counter[tuple[Any, ...]] = Counter()
     for training in find_trainings(comparisons):
         assert training.run.result is not None
         start = find_start(training.run.result.command)
         way = (training.label, training.step or training.run.result.step, start)
-        ways.setdefault(way, []).append(training)
+        # The same training once more, on another machine say, is no other seed.
+        again = repeats[way, training.seed]
+        repeats[way, training.seed] += 1
+        ways.setdefault((*way, again), []).append(training)
     scores = {
         way: {c: statistic(t.scores.get(c) for t in trained) for c in COLUMNS}
         for way, trained in ways.items()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from overview import overview_table
+from overview import MEASURED_ALIKE, overview_table
 from readme import find_blocks, write_block
 from report_figures import draw_scores, picture
 from report_page import Table, code_as_markdown, escape_markdown, slug, table_as_markdown
@@ -29,7 +29,7 @@ from settings import Comparison, Setting, compare
 
 from isanet_pl.errors import InputError
 
-KEPT = ("ckpt_path", "model.inference.", "trainer.limit_", "data.train_on_val")
+KEPT = ("ckpt_path", "model.inference.", "trainer.limit_", "data.train_on_val", *MEASURED_ALIKE)
 """What is kept of a config, beginnings of dotted keys: how the score was measured."""
 
 

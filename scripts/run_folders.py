@@ -91,8 +91,13 @@ def find_folders(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             raise InputError(f"{path} is no folder; give run folders, or folders above them")
+        seen: set[Path] = set()
         for name, children, files in os.walk(path, followlinks=True):
             folder = Path(name)
+            if folder.resolve() in seen:  # a link to where the walk has been
+                children.clear()
+                continue
+            seen.add(folder.resolve())
             started = folder.name.startswith("version_") and "config.yaml" in files
             if started or not {"results.json", "metrics.csv"}.isdisjoint(files):
                 found.setdefault(folder.resolve(), folder)
@@ -200,11 +205,14 @@ def read_curves(path: Path, problems: list[str]) -> dict[str, Curve]:
     """
     curves: dict[str, Curve] = {}
     with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
+        # A killed process may leave half a line; half a number looks like a number.
+        text, end, rest = file.read().rpartition("\n")
+        if rest:
+            problems.append(f"{path}: its last line is cut off and left out")
+        rows = csv.DictReader(f"{text}{end}".splitlines())
         if "step" not in (rows.fieldnames or ()):
             raise ValueError("it has no column 'step'")
         for row in rows:
-            # A killed process may leave half a line; half a number looks like a number.
             whole = None not in row and None not in row.values()
             try:
                 numbers = {name: float(text) for name, text in row.items() if text} if whole else {}

@@ -2,11 +2,11 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from labels import Kind, find_differences, find_kind, find_labels
+from labels import PATHS, Kind, find_differences, find_kind, find_labels
 from report_page import slug
 from resumed_runs import owner
 from run_folders import Curve, Run, natural
@@ -184,13 +184,24 @@ def find_settings(
         problems: Gets a line for every run that a later one repeats: it is no other seed.
     """
     groups: dict[str, _Group] = {}
-    for run in members:
-        training, kind = _identify(run, runs)
-        # An older config lacks newer options, whose null changes nothing.
-        chosen = {key: value for key, value in kind.config.items() if value is not None}
+    identified = [(run, *_identify(run, runs)) for run in members]
+    known: dict[str, set[str]] = {}  # options that all runs of a cell have
+    for _, _, kind in identified:
+        known[kind.cell] = known.get(kind.cell, set(kind.config)) & kind.config.keys()
+    for run, training, kind in identified:
+        # An older config lacks newer options, whose null changes nothing. In a cell of a grid they
+        # had their defaults: `ablate.py` has seen to it.
+        chosen = {
+            key: value
+            for key, value in kind.config.items()
+            if value is not None and (not kind.cell or key in known[kind.cell])
+        }
         # Paths are compared by their ends: the cells of a grid differ even where these do not.
         key = json.dumps([kind.cell, chosen], sort_keys=True, default=str)
-        same = groups.setdefault(key, _Group(kind)).runs
+        group = groups.setdefault(key, _Group(kind))
+        if group.runs and group.kind.name != kind.name:  # one run on two machines has one name
+            problems.extend(_other_places(next(iter(group.runs.values())), run))
+        same = group.runs
         seed = training.config.get("seed_everything")
         name = str(seed) if type(seed) is int else str(training.folder)
         if name in same:
@@ -208,6 +219,17 @@ def find_settings(
             groups.values(), find_labels(kinds), differences, strict=True
         )
     ]
+
+
+def _other_places(first: Run, run: Run) -> Iterator[str]:
+    """Yields a line for each path that two runs of one setting have in different places."""
+    for key in PATHS:
+        places = [str(other.config.get(key)) for other in (first, run)]
+        if places[0] != places[1]:
+            yield (
+                f"{run.folder} counts as another seed of {first.folder}, though {key} is "
+                f"{places[1]} and not {places[0]}: only the last parts of paths are compared"
+            )
 
 
 def _ended(run: Run) -> tuple[float, list[list[tuple[str, int]]]]:

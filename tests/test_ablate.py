@@ -328,6 +328,124 @@ def test_several_runs_share_the_machine(monkeypatch):
     assert share_of_machine(0, jobs=1) == {"CUDA_VISIBLE_DEVICES": "3"}
 
 
+class Recorder:
+    """A process of a cell that ends at the third look, and what it was started with."""
+
+    started: list = []
+
+    def __init__(self, cell, config, environment):
+        self.cell, self.looks = cell, 0
+        self.found = self.process = SimpleNamespace(finished=False, checkpoint=None)
+        self.started.append((cell.seed, environment))
+
+    def exit_code(self):
+        self.looks += 1
+        return 1 if self.looks > 2 + self.cell.seed else None  # those of later seeds take longer
+
+    def progress(self):
+        return 0.0, 0.0
+
+    def last_lines(self):
+        return []
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [("auto", ["0", "1", "0", "1"]), (1, ["0", "1", "0", "1"]), (2, [None] * 4)],
+)
+def test_each_run_gets_the_gpu_of_its_slot(tmp_path, monkeypatch, devices, expected):
+    import ablate
+    from cells import Cell
+
+    monkeypatch.setattr(ablate, "Attempt", Recorder)
+    monkeypatch.setattr(ablate, "stop", list)
+    monkeypatch.setattr(ablate, "POLL_SECONDS", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(Recorder, "started", [])
+    config = {"trainer": {"devices": devices}}
+    cells = {Cell("base", seed, tmp_path, ()): config for seed in range(4)}
+    grid = ablate.Grid(cells, 2, lambda line: None)
+    grid.run(lambda text, share: None)
+    assert [seed for seed, _ in Recorder.started] == [0, 1, 2, 3]
+    assert [share.get("CUDA_VISIBLE_DEVICES") for _, share in Recorder.started] == expected
+    assert len(grid.failures) == 4  # none left a result
+
+
+# Stands in for isanet-pl: tells its process and environment, and ends only when it is killed.
+STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:  # a loader's process
+    time.sleep(60)
+print(os.getpgid(0), os.environ["OMP_NUM_THREADS"], os.environ["WANDB_TAGS"], flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_process_has_its_share_and_all_of_it_is_killed_in_the_end(tmp_path, monkeypatch):
+    from cells import Attempt, Cell, stop
+
+    command = [sys.executable, "-c", STUBBORN]
+    monkeypatch.setattr(Cell, "command", lambda self, resume: command)
+    cell = Cell("base", 3, tmp_path, ())
+    attempt = Attempt(cell, {}, {"OMP_NUM_THREADS": "7"})
+    wait_for(lambda: cell.log.read_text().count("\n") == 1)
+    group, *said = cell.log.read_text().split()
+    assert said == ["7", "base,seed3"]
+    assert is_locked(cell.log)
+    stop([attempt], seconds=0.5)
+    assert attempt.exit_code() == -signal.SIGKILL
+    wait_for(lambda: not is_locked(cell.log), 10)  # the other process held it too
+    with pytest.raises(ProcessLookupError):
+        wait_for(lambda: os.killpg(int(group), 0), 10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_grid_that_is_told_to_end_stops_its_runs(tmp_path, number):
+    write_base(tmp_path, max_steps=10_000, val_check_interval=5_000)
+    log = tmp_path / "runs" / "ablation_tiny" / "base" / "seed0.log"
+    grid = start(tmp_path, "--seeds", 0)
+    wait_for(lambda: log.is_file() and log.stat().st_size > 0)
+    grid.send_signal(number)
+    assert "the same command goes on" in grid.communicate(timeout=60)[0]
+    assert grid.returncode == 130
+    assert not is_locked(log)
+
+
+def test_a_run_without_a_score_has_finished(tmp_path, monkeypatch, capsys):
+    """As where nothing in the validation images is labelled."""
+    from cells import Cell, Found
+
+    folder = tmp_path / "base" / "seed0" / "version_0"
+    folder.mkdir(parents=True)
+    record = {"command": "isanet-pl fit --config a", "scores": {"miou": None}}
+    (folder / "results.json").write_text(json.dumps(record))
+    monkeypatch.setattr(Cell, "_check_same", lambda *args: None)
+    found = Cell("base", 0, tmp_path, ()).find({})
+    assert found == Found(finished=True)
+    assert str(found) == "no val mIoU"
+
+
+def test_finished_cells_are_no_work_left(tmp_path, monkeypatch):
+    import ablate
+    from cells import Cell, Found
+
+    monkeypatch.setattr(ablate, "Attempt", Recorder)
+    monkeypatch.setattr(ablate, "stop", list)
+    monkeypatch.setattr(ablate, "POLL_SECONDS", 0)
+    monkeypatch.setattr(Recorder, "started", [])
+    monkeypatch.setattr(Cell, "find", lambda self, _: Found(finished=self.seed != 3, miou=0.5))
+    cells = {Cell("base", seed, tmp_path, ()): {"trainer": {"devices": 1}} for seed in range(4)}
+    said, shown = [], []
+    grid = ablate.Grid(cells, 1, said.append)
+    grid.run(lambda text, share: shown.append((text.split(";")[0], share)))
+    assert [seed for seed, _ in Recorder.started] == [3]
+    assert sum("has finished, 50.00% val mIoU" in line for line in said) == 3
+    assert shown[0] == ("3 of 4 ended", 0.75)
+
+
 def test_the_time_left_follows_from_the_steps_done(tmp_path):
     from ablate import Grid
     from cells import Attempt, Cell, Found
@@ -335,7 +453,6 @@ def test_the_time_left_follows_from_the_steps_done(tmp_path):
     # One waits, one has done half, a resumed one went from 20 to 40 of 100 steps.
     cells = [Cell("base", seed, tmp_path, ()) for seed in range(3)]
     grid = Grid({cell: {} for cell in cells}, 2, print)
-    grid.waiting.clear()
     grid.waiting.append(cells[2])
     logs = "step 10/100  loss\nstep 50/100  loss\n", "step 20/100  loss\nstep 40/100  loss\n"
     for cell, log, checkpoint in zip(cells, logs, (None, Path("last.ckpt")), strict=False):

@@ -14,8 +14,10 @@ STEPS = 40
 RUN = f"""
 import os, time
 kept = []
+end, ours = os.pipe()
 if os.fork() == 0:
-    time.sleep(3)
+    os.close(ours)
+    os.read(end, 1)  # until the other process ends
     os._exit(0)
 for step in range(1, {STEPS} + 1):
     LEAK

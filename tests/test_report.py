@@ -59,6 +59,46 @@ def write_run(
     return folder
 
 
+def test_a_walk_ends_in_spite_of_circular_links(tmp_path):
+    from run_folders import find_folders
+
+    run = write_run(tmp_path / "runs" / "isa" / "version_0", 0.5)
+    for name in ("here", "there"):
+        (tmp_path / "runs" / name).symlink_to(tmp_path / "runs")
+    assert find_folders([tmp_path / "runs"]) == [run]
+
+
+def test_a_grid_that_went_on_with_newer_code_is_one(tmp_path):
+    from run_folders import read_runs
+    from settings import compare
+
+    for setting in ("base", "context_none"):
+        for seed in range(3):
+            config = {"model.poly_power": 0.9} if seed else {}  # an option newer than seed 0
+            folder = tmp_path / setting / f"seed{seed}" / "version_0"
+            write_run(folder, 0.5, seed, config=config | context(setting))
+    problems = []
+    [comparison] = compare(read_runs([tmp_path], problems), problems)
+    assert {s.label: len(s.runs) for s in comparison.settings} == {"base": 3, "context_none": 3}
+    assert problems == []
+
+
+@pytest.mark.parametrize("key", ["data.init_args.root", "model.network.weights_path"])
+def test_seeds_with_files_of_one_name_in_other_places_are_told(tmp_path, key):
+    from run_folders import read_runs
+    from settings import compare
+
+    for seed, place in enumerate(("clean", "relabelled")):
+        write_run(tmp_path / place / "version_0", 0.5, seed, config={key: f"{place}/camvid"})
+    config = {key: "other/machine/camvid"}
+    write_run(tmp_path / "there" / "clean" / "version_0", 0.5, 2, config=config)
+    problems = []
+    [comparison] = compare(read_runs([tmp_path], problems), problems)
+    assert [len(setting.runs) for setting in comparison.settings] == [3]
+    [problem] = problems  # a run of the same name may lie elsewhere
+    assert "is relabelled/camvid and not clean/camvid" in problem
+
+
 def context(value):
     return {"model.network.context": value}
 
@@ -169,7 +209,8 @@ def test_only_seeds_names_and_places_are_no_difference(tmp_path):
     (comparison,), problems = compared(tmp_path)
     found = {setting.label: sorted(setting.runs) for setting in comparison.settings}
     assert found == {"base": ["0", "1"], "optimizer.lr=0.5": ["0"]}
-    assert problems == []
+    [problem] = problems
+    assert "data.root is /else/where/camvid and not a/camvid" in problem
 
 
 def test_a_seed_that_is_run_again_counts_once(tmp_path):
@@ -452,6 +493,16 @@ def test_steps_are_counted_as_they_were_logged(tmp_path):
     problems = []
     assert read_curves(path, problems) == {"train/loss": {10: 0.5}, "val/miou": {10: 0.25}}
     assert problems == [f"{path}: line 5 is broken and left out"]
+
+
+def test_a_line_that_was_cut_within_a_number_is_left_out(tmp_path):
+    from run_folders import read_curves
+
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,val/miou\n10,0.25\n20,0.6")  # of 0.6125
+    problems = []
+    assert read_curves(path, problems) == {"val/miou": {10: 0.25}}
+    assert problems == [f"{path}: its last line is cut off and left out"]
 
 
 def test_names_are_only_names(tmp_path):

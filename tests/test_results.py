@@ -156,6 +156,9 @@ OTHER_WAYS = [
     {"trainer.limit_test_batches": 5},
     {"trainer.limit_test_batches": 0.5},
     {"weights": "best.ckpt", "step": 10},
+    {"model.inference.pad_multiple": 1},
+    {"data.init_args.base_size": [960, 720]},
+    {"data.init_args.label_map": {0: 1}},
 ]
 """Better scores, measured in other ways."""
 
@@ -164,7 +167,12 @@ def overview_of(place):
     """Returns the README's overview of CamVid, a dict for each row."""
     (place / "README.md").write_text(marks("CamVid overview"))
     assert results("--add", "mine", "runs") == 0
-    lines = [line for line in (place / "README.md").read_text().splitlines() if line[0] == "|"]
+    return table_rows(place / "README.md")
+
+
+def table_rows(path):
+    """Returns the rows of the only table of a page, a dict for each."""
+    lines = [line for line in path.read_text().splitlines() if line[0] == "|"]
     head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return [dict(zip(head, cells, strict=True)) for cells in body]
 
@@ -214,6 +222,36 @@ def test_the_overview_gives_the_mean_time(place):
         (folder / "results.json").write_text(json.dumps(result | {"seconds": seconds}))
     [row] = overview_of(place)
     assert (row["n"], row["time, or source"]) == ("2", "2 min, a machine")
+
+
+def test_the_overview_counts_no_seed_twice(place):
+    for name, miou in (("one", 0.5), ("again", 0.6)):  # as on two machines
+        write_run(place / name / "isa" / "version_0", miou, options="--config a")
+        page = place / "docs" / "results" / "README.md"
+        page.write_text(page.read_text() + marks(f"{name} results"))
+        assert results("--add", name, name) == 0
+    (place / "README.md").write_text(marks("CamVid overview"))
+    results()
+    found = table_rows(place / "README.md")
+    assert [(row["n"], row["val"]) for row in found] == [("1", "**60.00**"), ("1", "50.00")]
+
+
+def test_the_overview_tells_saved_configs_apart(place):
+    for name, miou in (("isa", 0.5), ("none", 0.8)):
+        line = f"--config runs/{name}/version_7/config.yaml"
+        write_run(place / "runs" / name / "version_0", miou, config=context(name), options=line)
+    assert [(row["training"], row["n"]) for row in overview_of(place)] == [
+        ("runs/none/version_7/config.yaml", "1"),
+        ("runs/isa/version_7/config.yaml", "1"),
+    ]
+
+
+def test_of_two_equal_evaluations_the_first_counts_and_not_the_better(place):
+    trained = write_run(place / "runs" / "isa" / "version_0", 0.5, options="--config a")
+    evaluate(place / "runs" / "test" / "version_0", 0.4, trained)
+    evaluate(place / "runs" / "test" / "version_1", 0.6, trained, **{"trainer.precision": 16})
+    [row] = overview_of(place)
+    assert row["test"] == "**40.00**"
 
 
 def test_two_trainings_of_one_folder_are_refused(place, capsys):
