@@ -5,6 +5,8 @@ import json
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -408,6 +410,18 @@ def test_fast_dev_run_leaves_nothing_behind(tiny, tmp_path, monkeypatch):
 def test_two_runs_never_share_a_folder(tmp_path):
     folders = [new_run_folder(str(tmp_path), "x") for _ in range(3)]
     assert [folder.name for folder in folders] == ["version_0", "version_1", "version_2"]
+
+
+def test_runs_that_start_at_once_never_share_a_folder(tmp_path):
+    barrier = threading.Barrier(8)
+
+    def claim(_):
+        barrier.wait()
+        return [new_run_folder(str(tmp_path), "x") for _ in range(25)]
+
+    with ThreadPoolExecutor(8) as pool:
+        folders = [folder for claimed in pool.map(claim, range(8)) for folder in claimed]
+    assert len(set(folders)) == 200
 
 
 def test_wandb_is_not_imported_unless_asked_for(tiny, tmp_path):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,6 +226,86 @@ def test_benchmark_counts_the_published_arithmetic(scripts_on_path):
     assert found["ISA, plain formulation"] == pytest.approx(197.3, abs=0.05)
     assert found["dense attention"] == pytest.approx(311.4, abs=0.05)
     assert found["dense attention, SDPA"] == pytest.approx(311.4, abs=0.05)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_what_is_timed_on_a_gpu_lasts(scripts_on_path, monkeypatch, warmup):
+    import measuring
+
+    clock, calls = [0.0], []
+
+    def call():
+        clock[0] += 0.0002 if calls else 0.15  # the first one loads kernels
+        calls.append(clock[0])
+
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measuring.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(measuring.torch.cuda, "synchronize", lambda: None)
+    times = measuring.alternate({"a": call}, rounds=3, warmup=warmup)
+    assert times["a"] == pytest.approx([0.2] * 3)
+    assert len(calls) == 2 + (warmup + 3) * measuring.GPU_SECONDS / 0.0002
+
+
+def test_whole_networks_are_measured(scripts_on_path, monkeypatch):
+    import benchmark_efficiency
+
+    monkeypatch.setattr(benchmark_efficiency, "_mmsegmentation", lambda: False)
+    args = SimpleNamespace(
+        backbones=["resnet18"], network_sizes=[32, 40], network_rounds=1, device="cpu",
+        dtype=["float32"],
+    )  # fmt: skip
+    inference, training = benchmark_efficiency.measure_networks(args)
+    for row, mode, batch in ((inference, "inference", 1), (training, "training", 2)):
+        assert (row["network"], row["size"]) == ("ISANet resnet18", "32x40")
+        assert (row["mode"], row["batch"], row["dtype"]) == (mode, batch, "float32")
+        assert row["images_per_s"] == pytest.approx(1000 * batch / row["median"])
+        assert row["peak_mib"] > 0
+    assert training["peak_mib"] > 4 * inference["peak_mib"]  # it keeps its features
+
+
+def test_every_kind_of_stop_meets_every_number_of_workers(scripts_on_path, monkeypatch, tmp_path):
+    import stress_resume
+
+    met = []
+    ended = SimpleNamespace(wait=lambda: 0)
+    monkeypatch.setattr(
+        stress_resume, "start", lambda folder, name, steps, workers: met.append(workers) or ended
+    )
+    monkeypatch.setattr(stress_resume, "steps_of", lambda process, lines: iter([1, 2]))
+    monkeypatch.setattr(stress_resume.random, "randint", lambda low, high: 1)
+    kinds = []
+    monkeypatch.setattr(stress_resume, "stop", lambda process, kind, part: kinds.append(kind))
+    for number in range(9):
+        stress_resume.run_until_stopped(tmp_path, 10, number)
+    assert len(set(zip(kinds, met, strict=True))) == 9
+
+
+def test_a_difference_between_two_runs_is_found(scripts_on_path, tmp_path):
+    from stress_resume import COMPARED, compare
+
+    def write(name, value, metrics="step,train/loss\n1,0.5\n"):
+        content = {}
+        for key in COMPARED:
+            *path, last = key.split(".")
+            part = content
+            for step in path:
+                part = part.setdefault(step, {})
+            part[last] = {"weight": torch.full((2,), value), "list": [1, (2, value)]}
+        folder = tmp_path / name / "checkpoints"
+        folder.mkdir(parents=True)
+        for file in ("last.ckpt", "best.ckpt"):
+            torch.save(content, folder / file)
+        (tmp_path / name / "metrics.csv").write_text(metrics)
+        return tmp_path / name
+
+    one, same = write("one", 1.0), write("same", 1.0)
+    assert compare(one, same) == []
+    found = compare(one, write("other", 1.0 + 2**-23, "step,train/loss\n1,0.25\n"))
+    assert found[-1] == "metrics.csv"
+    for file in ("last.ckpt", "best.ckpt"):
+        for key in COMPARED:
+            assert f"{file}: {key}.weight" in found
+            assert f"{file}: {key}.list[1][1]" in found
 
 
 def test_peak_memory_is_that_of_live_tensors(scripts_on_path):
