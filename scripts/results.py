@@ -1,6 +1,6 @@
 """Keeps what runs reached in docs/results, and writes the tables of its page and of the README.
 
-python scripts/results.py --add quickstart runs/ablation_quickstart
+python scripts/results.py --add quickstart runs/ablation_quickstart --panel
 python scripts/results.py          only rewrites the tables
 
 The page, docs/results/README.md, has a block `NAME results` for all that is known of each NAME. The
@@ -33,8 +33,14 @@ KEPT = ("ckpt_path", "model.inference.", "trainer.limit_", "data.train_on_val", 
 """What is kept of a config, beginnings of dotted keys: how the score was measured."""
 
 
-def add(name: str, paths: Sequence[Path], store: Path) -> None:
-    """Keeps the comparisons of some runs, pictures of their scores, and one of predictions.
+def add(name: str, paths: Sequence[Path], store: Path, panel: bool) -> None:
+    """Keeps the comparisons of some runs, and pictures of their scores.
+
+    Args:
+        name: What they are kept as.
+        paths: Run folders, or folders above them.
+        store: Folder to keep them in.
+        panel: Keep the best setting's picture of images, truth and prediction as well.
 
     Raises:
         InputError: No run is finished.
@@ -54,9 +60,9 @@ def add(name: str, paths: Sequence[Path], store: Path) -> None:
         if len(comparison.settings) > 1:
             scores = picture("scores", "", lambda c=comparison: draw_scores(c))
             (store / _picture_name(name, comparison)).write_bytes(scores.png)
-    panel = next(iter(comparisons[-1].settings[0].runs.values())).panel()
-    if panel:
-        (store / f"{name}.panel.png").write_bytes(panel.read_bytes())
+    best = next(iter(comparisons[-1].settings[0].runs.values())).panel()
+    if panel and best:
+        (store / f"{name}.panel.png").write_bytes(best.read_bytes())
 
 
 def _picture_name(name: str, comparison: Comparison) -> str:
@@ -191,6 +197,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a name, then run folders or folders above them; replaces what has that name",
     )  # fmt: skip
     parser.add_argument(
+        "--panel", action="store_true",
+        help="keep a picture of images, truth and prediction too: where the data's licence lets "
+        "you publish its images",
+    )  # fmt: skip
+    parser.add_argument(
         "--store", type=Path, default=Path("docs/results"),
         help="where they are kept, with the page that shows all of them, README.md",
     )  # fmt: skip
@@ -202,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--add takes a name and run folders, got {args.add[0]} alone")
     try:
         if args.add:
-            add(args.add[0], list(map(Path, args.add[1:])), args.store)
+            add(args.add[0], list(map(Path, args.add[1:])), args.store, args.panel)
         stored = {
             path.stem: [from_record(record) for record in json.loads(path.read_text("utf-8"))]
             for path in sorted(args.store.glob("*.json"))

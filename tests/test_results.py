@@ -69,10 +69,17 @@ def test_new_runs_take_the_place_of_those_before(place):
     isa = write_run(place / "runs" / "isa" / "version_0", 0.5)
     write_run(place / "runs" / "none" / "version_0", 0.25, config=context("none"))
     results("--add", "mine", "runs")
-    results("--add", "mine", isa)
+    results("--add", "mine", isa, "--panel")
     assert "network.context=none" not in page(place)
-    names = sorted(path.name for path in (place / "docs" / "results").iterdir())
-    assert names == ["README.md", "mine.json", "mine.panel.png"]
+    names = [path.name for path in (place / "docs" / "results").iterdir()]
+    assert sorted(names) == ["README.md", "mine.json", "mine.panel.png"]
+
+
+def test_images_are_published_on_demand_alone(place):
+    isa = write_run(place / "runs" / "isa" / "version_0", 0.5)
+    results("--add", "mine", isa)
+    names = [path.name for path in (place / "docs" / "results").iterdir()]
+    assert sorted(names) == ["README.md", "mine.json"]
 
 
 def test_an_evaluation_stands_beside_its_training(place):
