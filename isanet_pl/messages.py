@@ -5,7 +5,6 @@ import warnings
 
 from lightning.pytorch.utilities import rank_zero_only
 
-
 HIDDEN = {
     # Following the advice would break load_from_checkpoint (issue 20801 there).
     "Attribute .* is an instance of `nn.Module`": "pytorch/utilities/parsing.py",
