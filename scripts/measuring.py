@@ -75,6 +75,7 @@ def peak_mib(call: Call, device: str = "cpu") -> float:
     On a GPU by its allocator, on a CPU by the allocations that PyTorch's profiler sees.
     """
     if device == "cuda":
+        call()  # cuDNN tries its algorithms in the first call, with memory that no later one takes
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
