@@ -109,14 +109,35 @@ def _values_of(args: Sequence[str], *names: str) -> list[str]:
     return [value for name, value in pairs if name in names]
 
 
-def _read_config(text: str) -> Mapping[str, Any]:
-    """Returns a config, a file or YAML; nothing of one that is broken, which the parser tells."""
+def _read_config(text: str) -> dict[str, Any]:
+    """Returns a config, a file or YAML; nothing of one that is broken, which the parser tells.
+
+    Its `data` is read too where it is a file of its own.
+    """
     try:
         path = Path(text)
         content = yaml.safe_load(path.read_text("utf-8") if path.is_file() else text)
+        if not isinstance(content, dict):
+            return {}
+        data = content.get("data")
+        if isinstance(data, str) and (path.parent / data).is_file():
+            content["data"] = yaml.safe_load((path.parent / data).read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return content if isinstance(content, Mapping) else {}
+    return content
+
+
+def _names_data(config: Mapping[str, Any]) -> bool:
+    """Returns whether a config says which data set it is for, and not only options of one."""
+    data = config.get("data")
+    return isinstance(data, str) or (isinstance(data, dict) and "class_path" in data)
+
+
+def _sets_base_size(config: Mapping[str, Any]) -> bool:
+    data = config.get("data")
+    if not isinstance(data, dict):
+        return False
+    return "base_size" in data or "base_size" in (data.get("init_args") or {})
 
 
 def with_config_of_checkpoint(args: list[str]) -> list[str]:
@@ -128,19 +149,19 @@ def with_config_of_checkpoint(args: list[str]) -> list[str]:
     Raises:
         InputError: The file that they name is no checkpoint of this project.
     """
-    options = [part.split("=", 1)[0] for part in args]
-    paths = _values_of(args, "--ckpt_path")
+    options = {part.split("=", 1)[0] for part in args}
     given = [_read_config(text) for text in _values_of(args, "--config", "-c")]
+    paths = _values_of(args, "--ckpt_path")
+    paths = paths or [str(config["ckpt_path"]) for config in given if config.get("ckpt_path")]
     if not paths or any("model" in config for config in given):
         return args
     config = config_of(paths[0], args[0])
-    if any("data" in config for config in given):
-        options.append("--data")
-    if args[0] in ("predict", "export") and "--data" not in options:
+    named = "--data" in options or any(map(_names_data, given))
+    if args[0] in ("predict", "export") and not named:
         return [args[0], "--config", json.dumps(config), *args[1:]]
     # The user's data set knows its classes; images come to the size that was trained for.
     base_size = config.pop("data")["init_args"].get("base_size")
-    own = {"--data.base_size", "--data.init_args.base_size"} & set(options)
-    if base_size and "--data" in options and not own:
-        args = [*args, f"--data.base_size={base_size}"]
+    own = {"--data.base_size", "--data.init_args.base_size"} & options
+    if base_size and named and not own and not any(map(_sets_base_size, given)):
+        args = [*args, f"--data.base_size={json.dumps(base_size)}"]
     return [args[0], "--config", json.dumps(config), *args[1:]]

@@ -127,6 +127,8 @@ class SegmentationCLI(LightningCLI):
         Raises:
             InputError: Something else is asked for as well, or the run's checkpoints are damaged.
         """
+        # It says how this process began: a config.yaml with it could not be used for anything else.
+        config.resume = False
         if self.subcommand != "fit":
             raise InputError(f"--resume is for fit, not for {self.subcommand}")
         if config.trainer.logger is False:

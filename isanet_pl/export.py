@@ -67,6 +67,7 @@ class SegmentationTrainer(pl.Trainer):
         images: str | None = None,
         int8: bool = False,
         num_calibration: int = 64,
+        weights_only: bool | None = None,
     ) -> None:
         """Writes a network, without its auxiliary head, into a file and checks the file.
 
@@ -84,6 +85,7 @@ class SegmentationTrainer(pl.Trainer):
             images: Folder of real images to compare results on, and to calibrate int8 with.
             int8: Quantise to int8 (onnxruntime, static); needs `images`.
             num_calibration: Images to calibrate with.
+            weights_only: Not used; a run's config.yaml has it.
 
         Raises:
             InputError: The options do not go together, or the file gives other results.

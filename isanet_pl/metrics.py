@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 
 
@@ -90,3 +91,33 @@ class SegmentationMetrics(MulticlassJaccardIndex):
         }
         scores.update({f"iou/{name}": iou[i] for i, name in enumerate(self.class_names)})
         return {name: score.float().to(self.confmat.device) for name, score in scores.items()}
+
+
+class MeanLoss(Metric):
+    """Returns the mean of losses over the images that have labels, over all processes.
+
+    NaN if one of them is: a network that has diverged must not look better for it. (torchmetrics'
+    MeanMetric leaves NaN out or, with nan_strategy="disable", the weights.)
+    """
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, images: Tensor) -> None:
+        """Counts a batch.
+
+        Args:
+            loss: Its mean loss.
+            images: How many of its images have labels.
+        """
+        self.total += loss.detach() * images
+        self.count += images
+
+    def compute(self) -> Tensor:
+        """Returns the mean; zero where nothing had a label."""
+        return self.total / self.count.clamp(min=1)

@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
 
 from isanet_pl.agreement import check_agreement, different_views
 from isanet_pl.errors import InputError
@@ -21,7 +20,7 @@ from isanet_pl.explain import SLIDING, out_of_memory
 from isanet_pl.finite import first_not_finite, largest
 from isanet_pl.inference import Inference
 from isanet_pl.losses import SegmentationLoss, mean_over_ranks
-from isanet_pl.metrics import SegmentationMetrics
+from isanet_pl.metrics import MeanLoss, SegmentationMetrics
 from isanet_pl.models import ISANet, fuse_for_inference
 from isanet_pl.optimisation import StepImages, fit_lr_to_batch, poly_schedule
 
@@ -127,7 +126,7 @@ class SegmentationModule(pl.LightningModule):
                 for stage in ("val", "test")
             }
         )
-        self.losses = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
+        self.losses = nn.ModuleDict({stage: MeanLoss() for stage in ("val", "test")})
         self.train()
 
     def train(self, mode: bool = True) -> Self:
@@ -258,7 +257,8 @@ class SegmentationModule(pl.LightningModule):
         outputs = self._infer(batch["image"])
         loss = self.loss(outputs, batch["mask"])
         # Not Lightning's own mean, which is wrong where processes have unequal shares.
-        self.losses[stage].update(loss, len(batch["image"]))  # type: ignore[operator]
+        labelled = (batch["mask"] != self.loss.ignore_index).flatten(1).any(dim=1).sum()
+        self.losses[stage].update(loss, labelled)  # type: ignore[operator]
         prediction = outputs["out"].argmax(dim=1)
         self.metrics[stage].update(prediction, batch["mask"])  # type: ignore[operator]
         return prediction

@@ -110,6 +110,11 @@ def check_checkpoint_options(config: Any) -> None:
             "--checkpoint.save_weights_only true leaves out the average of --ema_decay, which was "
             "measured: give one of them"
         )
+    if checkpoint.save_last:
+        raise InputError(
+            "--checkpoint.save_last would write a second last.ckpt over the one that runs go on "
+            "from, which is kept anyway"
+        )
     kept, name = checkpoint.save_top_k, checkpoint.filename
     numbered = checkpoint.enable_version_counter or name is None or "{" in name
     if checkpoint.save_on_exception and not numbered:

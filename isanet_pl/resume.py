@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 def find_run(runs_dir: str, name: str) -> tuple[Path, Path] | None:
     """Returns the folder and the newest checkpoint of the last run of a name; None: nothing yet.
 
+    A checkpoint from the middle of a step counts as nothing.
+
     Raises:
         InputError: The run has checkpoints, but none of them is whole.
     """
@@ -41,7 +43,20 @@ def find_run(runs_dir: str, name: str) -> tuple[Path, Path] | None:
         )
     for file in files[: files.index(whole[0]) if whole else 0]:
         log.warning("%s is damaged: resuming from %s", file, whole[0])
-    return (folder.parent, whole[0]) if whole else None
+    if not whole or _is_mid_step(whole[0]):
+        return None
+    return folder.parent, whole[0]
+
+
+def _is_mid_step(checkpoint: Path) -> bool:
+    """Returns whether a run that went on from a checkpoint would lose a part of a step."""
+    if checkpoint.name == LAST:  # never is
+        return False
+    try:
+        states = read_checkpoint(str(checkpoint)).get("callbacks", {})
+    except InputError:  # what is wrong with it is said when it is read
+        return False
+    return bool(states.get("LastCheckpoint", {}).get("mid_step"))
 
 
 def continue_metrics(logger: CSVLogger, checkpoint: str) -> None:

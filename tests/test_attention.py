@@ -373,6 +373,20 @@ def test_any_size_goes_in_and_comes_out(height):
         assert module(torch.randn(1, 6, height, width)).shape == (1, 8, height, width)
 
 
+def test_several_losses_may_go_back_through_a_block():
+    gradients, statistics = [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        module = ISAModule(8, 4, 4, 8, [(2, 2)], recompute=recompute)
+        out = module(torch.randn(2, 8, 4, 4))
+        out.mean().backward(retain_graph=True)
+        out.square().mean().backward()
+        gradients.append([parameter.grad for parameter in module.parameters()])
+        statistics.append(list(module.buffers()))
+    torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close(statistics[0], statistics[1])
+
+
 def test_conv_bn_relu_keeps_the_size():
     layers = conv_bn_relu(3, 4, kernel_size=3)
     out = layers(torch.randn(2, 3, 5, 6))

@@ -349,6 +349,7 @@ def test_nan_loss_stops_at_its_step_and_keeps_the_last_good_checkpoint(tiny, tmp
         (("--checkpoint.save_top_k", 3), r"add --checkpoint\.filename 'best-\{step\}'"),
         (("--checkpoint.save_top_k", -1), "needs a name for each checkpoint, not best for all"),
         (("--checkpoint.save_on_exception", "true"), r"would write over best\.ckpt"),
+        (("--checkpoint.save_last", "true"), r"a second last\.ckpt over the one"),
         (("--checkpoint.monitor", "val/loss"), "highest loss: add --checkpoint.mode min"),
         (("--checkpoint.save_weights_only", "true", "--ema_decay", 0.9), "leaves out the average"),
         (("--trainer.enable_checkpointing", "false"), "--checkpoint.save_top_k 0"),
@@ -479,6 +480,22 @@ def test_several_loggers_of_ones_own(tiny, tmp_path):
     )
     saved = [logger.save_dir for logger in cli.trainer.loggers]
     assert saved == [str(tmp_path / "runs"), *folders]
+
+
+def test_the_config_of_a_resumed_run_is_of_use_to_every_command(tiny, tmp_path):
+    for steps in (2, 4):
+        run("fit", tiny, tmp_path, "--resume", "true", "--trainer.max_steps", steps)
+    folder = tmp_path / "runs" / "tiny" / "version_0"
+    config = folder / "config.yaml"
+    assert yaml.safe_load(config.read_text())["resume"] is False
+    best = ("--ckpt_path", folder / "checkpoints" / "best.ckpt")
+    cli = run("test", config, tmp_path, *best, "--name", "again")
+    assert cli.trainer.state.finished
+    file = tmp_path / "net.pt2"
+    main(["export", *map(str, ("--config", config, *best, "--path", file, "--size", "[32, 32]"))])
+    assert file.is_file()
+    run("fit", config, tmp_path)  # once more, from the start
+    assert (folder.parent / "version_1" / "results.json").is_file()
 
 
 def test_no_logger_if_none_is_wanted(tiny, tmp_path, monkeypatch):

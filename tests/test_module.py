@@ -1,6 +1,7 @@
 """Optimiser groups and what training keeps and stops at."""
 
 import copy
+import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -230,6 +231,19 @@ def test_nan_loss_names_the_step_and_the_images(tmp_path):
     module = make_module(loss=SegmentationLoss(class_weights=[1, 1, float("inf")]))
     with pytest.raises(InputError, match=r"step 0: the loss is nan on image0, image1"):
         make_trainer(tmp_path).fit(module, make_loader())
+
+
+def test_the_loss_of_an_evaluation_is_that_of_labelled_images_and_hides_no_nan():
+    module = make_module()
+    logits = torch.zeros(2, 3, 4, 4)
+    module._infer = lambda image: {"out": logits}
+    image, mask = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.uint8)
+    for labels in (mask, torch.full_like(mask, 255)):
+        module._evaluate({"image": image, "mask": labels}, "val")
+    assert module.losses["val"].compute() == pytest.approx(math.log(3))
+    logits = torch.full_like(logits, torch.nan)
+    module._evaluate({"image": image, "mask": mask}, "val")
+    assert module.losses["val"].compute().isnan()
 
 
 def test_infinite_gradient_stops_before_it_reaches_the_weights(tmp_path):

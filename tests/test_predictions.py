@@ -471,8 +471,9 @@ def test_validation_without_a_config_needs_a_data_set_only(
     assert "data" in capsys.readouterr().err
 
 
-def test_validation_without_a_config(folder, tmp_path):
-    path = write_checkpoint(tmp_path / "a.ckpt", inference={"base_size": [48, 24], "flip": True})
+@pytest.mark.parametrize("base_size", [(48, 24), [48, 24]])  # of a checkpoint, an ONNX file
+def test_validation_without_a_config(folder, tmp_path, base_size):
+    path = write_checkpoint(tmp_path / "a.ckpt", inference={"base_size": base_size, "flip": True})
     arguments = ["validate", f"--ckpt_path={path}", "--data", "SegmentationFolder"]
     arguments += ["--data.root", str(folder), "--data.class_names", f"[{', '.join(NAMES)}]"]
     arguments += ["--data.num_workers", "0", "--trainer.accelerator", "cpu"]
@@ -489,6 +490,27 @@ def test_the_users_base_size_wins_over_the_checkpoints(tmp_path, option):
     assert with_config_of_checkpoint(arguments)[-1] == "--data.base_size=[48, 24]"
     for given in ([option, "[40, 20]"], [f"{option}=[40, 20]"]):
         assert with_config_of_checkpoint([*arguments, *given])[-len(given) :] == given
+
+
+@pytest.mark.parametrize("value", ["[96, 64]", "null"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_base_size_of_a_file_wins_over_the_checkpoints(tmp_path, value, apart):
+    path = write_checkpoint(tmp_path / "a.ckpt", inference={"base_size": (48, 24)})
+    data = f"{{class_path: SegmentationFolder, init_args: {{base_size: {value}}}}}"
+    (tmp_path / "data.yaml").write_text(data)
+    (tmp_path / "own.yaml").write_text(f"data: {'data.yaml' if apart else data}\n")
+    arguments = ["validate", "--config", str(tmp_path / "own.yaml"), "--ckpt_path", str(path)]
+    assert with_config_of_checkpoint(arguments)[-1] == str(path)
+
+
+@pytest.mark.parametrize("spelling", ["{predict_dir: %s}", "{init_args: {predict_dir: %s}}"])
+def test_options_of_the_data_and_the_checkpoint_may_stand_in_a_file(photos, tmp_path, spelling):
+    path = write_checkpoint(tmp_path / "a.ckpt")
+    own = tmp_path / "own.yaml"
+    own.write_text(f"ckpt_path: {path}\ndata: {spelling % photos}\n")
+    out = str(tmp_path / "out")
+    main(["predict", "--config", str(own), "--output", out, "--trainer.accelerator", "cpu"])
+    assert len(files(tmp_path / "out" / "masks")) == 4
 
 
 def test_options_in_a_file_leave_the_checkpoint_its_network(photos, tmp_path):

