@@ -371,6 +371,9 @@ class ISAModule(nn.Module):
     Dropout2d (paper section 3.4; `ISA_Module` of the authors' code). With several down factors the
     input first goes through a conv1x1-BN-ReLU to as many channels as the blocks return together.
 
+    For speed some convs (the blocks' `f_value` and `W[0]`, `conv_bn[0]`) are not called as modules,
+    only their weights are used: hooks on them, and what is built on hooks, do nothing.
+
     Args:
         in_channels: Channels of the input.
         key_channels: Channels of key and query.
