@@ -62,7 +62,7 @@ def wandb_logger(
         # A run that continues keeps the name of its first folder.
         name=name if known is None else None,
         id=known,
-        save_dir=folder,
+        save_dir=folder.absolute(),  # its service may have been started in another folder
         mode=mode,
         job_type=job,
     )
