@@ -65,7 +65,10 @@ def continue_metrics(logger: CSVLogger, checkpoint: str) -> None:
     By itself it would remove the file. Lines of later steps will be written again. A line that a
     full disk or a killed process has cut short is left out.
     """
-    step = read_checkpoint(checkpoint)["global_step"]
+    content = read_checkpoint(checkpoint)
+    step = content["global_step"]
+    # If not, a validation of this step came after the checkpoint, and will come again.
+    validated = content.get("callbacks", {}).get("LastCheckpoint", {}).get("validated", True)
     file = Path(logger.log_dir) / "metrics.csv"
     kept = file.with_name(file.name + ".old")
     if not kept.exists() and file.is_file():
@@ -76,7 +79,8 @@ def continue_metrics(logger: CSVLogger, checkpoint: str) -> None:
         # The validation of a step is logged under its number, its loss under the one before.
         row
         for row in _whole_rows(kept)
-        if int(row["step"]) < step or (int(row["step"]) == step and "train/loss" not in row)
+        if int(row["step"]) < step
+        or (int(row["step"]) == step and "train/loss" not in row and validated)
     ]
     # Until the new file is whole, the old one stays: a run that cannot write it can be resumed.
     logger.save()

@@ -421,6 +421,28 @@ def test_a_checkpoint_of_half_a_step_is_none_to_go_on_from(tmp_path, monkeypatch
     assert found == [None, (run, last)]
 
 
+def test_a_validation_in_the_middle_of_a_step_is_logged_once(tmp_path, monkeypatch):
+    """As after a kill between that validation and the end of its step."""
+    copies, ended = [], LastCheckpoint.on_validation_end
+
+    def copy(self, trainer, pl_module):
+        ended(self, trainer, pl_module)
+        if not trainer.sanity_checking and not self.stepped:
+            copies.append(tmp_path / str(len(copies)))
+            shutil.copytree(tmp_path / "runs", copies[-1] / "runs")
+
+    options = {"trainer.accumulate_grad_batches": 2, "trainer.max_steps": 4}
+    options |= {"data.num_train": 14, "last_checkpoint.every_n_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(LastCheckpoint, "on_validation_end", copy)
+        whole = metrics(fit(tmp_path, **options))
+    assert copies
+    for folder in copies:
+        run = fit(folder, **options, resume="true")
+        assert run.name == "version_0"
+        assert metrics(run) == whole
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     folder = make_checkpoints(tmp_path, 0, old=True, best=True, last=False)
     assert find_run(str(tmp_path), "x") == (folder.parent, folder / "best.ckpt")

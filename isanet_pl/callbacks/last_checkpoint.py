@@ -75,6 +75,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.step = 0  # optimiser steps at the end of the last batch
         self.stepped = False  # whether that batch ended one, so that no gradients are pending
+        self.validated = False  # whether there was a validation since that batch
         self.overdue = False  # whether a validation came while gradients were pending
         self.saved_step = -1
         self.asked_to_stop = False  # this process
@@ -85,11 +86,16 @@ class LastCheckpoint(Checkpoint):
         self._requeue: Callable[[], Any]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the random numbers that go on after this checkpoint, and whether it is whole.
+        """Returns the random numbers that go on after this checkpoint, and where in a step it is.
 
         `mid_step`: gradients of a step that has begun, which no checkpoint holds, were pending.
+        `validated`: a validation came between the step and the checkpoint.
         """
-        return {"random": random_state(), "mid_step": not self.stepped}
+        return {
+            "random": random_state(),
+            "mid_step": not self.stepped,
+            "validated": self.validated,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the random numbers until training starts."""
@@ -241,6 +247,7 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Saves, if it is time to and the step has no validation to come."""
         self.stepped, self.step = trainer.global_step != self.step, trainer.global_step
+        self.validated = False
         loop = trainer.fit_loop
         last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
         ends = self.step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
@@ -261,7 +268,7 @@ class LastCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves, after the best checkpoint."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.overdue = not self.stepped
+            self.validated, self.overdue = True, not self.stepped
             self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
