@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from isanet_pl.errors import InputError
+from isanet_pl.errors import InputError, why_no_checkpoint
 from isanet_pl.exported import read_metadata
 
 # What the command line takes from the data: it cannot be given as well.
@@ -83,7 +83,7 @@ def config_of(path: str, command: str) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{path} is not a checkpoint of isanet-pl: {error!r}") from error
+        raise InputError(why_no_checkpoint(path, error)) from error
     size, window = saved.get("size"), inference.get("crop_size")
     fits = window and all(w <= s for w, s in zip(window, size or window, strict=True))
     if size and (inference.get("mode") != "slide" or not fits):

@@ -125,6 +125,12 @@ class SegmentationTrainer(pl.Trainer):
                 torch.export.save(program, file, extra_files={f"{METADATA}.json": text})
                 run = torch.export.load(file).module()
             compare(file, network, run, inputs, normalise, exact=not int8)
+        if model.inference.base_size is not None:
+            log.info(
+                "the network was made for images scaled to fit %s (long and short edge): the file "
+                "leaves that to its user",
+                tuple(model.inference.base_size),
+            )
 
 
 @contextmanager

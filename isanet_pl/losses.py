@@ -1,5 +1,7 @@
 """The training loss: pixel cross-entropy with ignored pixels, class weights and OHEM."""
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import final
 
@@ -7,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
@@ -66,12 +70,15 @@ class SegmentationLoss(nn.Module):
             raise ValueError(f"ohem_threshold is a probability in (0, 1], got {ohem_threshold}")
         if class_weights is not None and not all(weight >= 0 for weight in class_weights):
             raise ValueError(f"class_weights must be numbers >= 0, got {list(class_weights)}")
+        if not 0 <= aux_weight < math.inf:
+            raise ValueError(f"aux_weight must be a number of at least 0, got {aux_weight}")
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
         self.ohem_threshold = ohem_threshold
         self.ohem_min_kept = ohem_min_kept
         self.aux_weight = aux_weight
         self.ignore_index = ignore_index
+        self._told = False
 
     def forward(self, outputs: Mapping[str, Tensor], target: Tensor) -> Tensor:
         """Returns the scalar loss, fp32; zero with zero gradients where every pixel is ignored.
@@ -117,6 +124,14 @@ class SegmentationLoss(nn.Module):
         """Returns a bool map: probability at most the threshold, or among the hardest."""
         # Those that do not count come last. Taking them out would have to wait for a GPU.
         probability = (-losses).exp().masked_fill(~counted, 2.0).flatten()
+        if self.ohem_min_kept >= probability.numel() and not self._told:
+            self._told = True
+            log.warning(
+                "OHEM keeps all pixels: model.loss.ohem_min_kept is %d, and a batch on a device "
+                "has %d; give less, such as a tenth of these",
+                self.ohem_min_kept,
+                probability.numel(),
+            )
         kept = min(max(self.ohem_min_kept, 1), probability.numel())
         limit = probability.kthvalue(kept).values.clamp(min=threshold)
         return (probability <= limit).view_as(counted)

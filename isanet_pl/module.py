@@ -96,6 +96,17 @@ class SegmentationModule(pl.LightningModule):
             raise InputError(
                 f"model.warmup_fraction must be at least 0 and below 1, got {warmup_fraction}"
             )
+        for name, value in (
+            ("new_layers_lr_factor", new_layers_lr_factor),
+            ("poly_power", poly_power),
+            ("end_lr_factor", end_lr_factor),
+        ):
+            if not 0 <= value < math.inf:
+                raise InputError(f"model.{name} must be a number of at least 0, got {value}")
+        if reference_batch_size is not None and reference_batch_size < 1:
+            raise InputError(
+                f"model.reference_batch_size must be at least 1, got {reference_batch_size}"
+            )
         if scale_lr and reference_batch_size is None:
             raise InputError("model.scale_lr needs model.reference_batch_size to scale from")
         self.save_hyperparameters(logger=False)

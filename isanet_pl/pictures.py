@@ -23,6 +23,11 @@ NUMBERED = 30
 """Classes, at most, of a confusion matrix whose cells have room for numbers."""
 
 
+def plain(name: str) -> str:
+    """Returns a name that matplotlib writes as it is: between two `$` would be a formula."""
+    return name.replace("$", r"\$")
+
+
 def render(figure: Figure) -> Pixels:
     """Returns the RGB pixels (H, W, 3) of a figure."""
     canvas = FigureCanvasAgg(figure)
@@ -78,7 +83,7 @@ def draw_panels(
             if i == 0:
                 axis.set_title(title, fontsize=9)
     handles = [
-        Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="grey", label=name)
+        Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="grey", label=plain(name))
         for name, (r, g, b) in zip(class_names, palette, strict=True)
     ]
     figure.legend(
@@ -114,8 +119,9 @@ def draw_confusion(confusion: Tensor, class_names: Sequence[str]) -> Figure:
         interpolation="nearest",
     )
     size = 9 if numbered else 7
-    axis.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize=size)
-    axis.set_yticks(range(len(class_names)), class_names, fontsize=size)
+    names = [plain(name) for name in class_names]
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+    axis.set_yticks(range(len(names)), names, fontsize=size)
     axis.set_xlabel("prediction")
     axis.set_ylabel("truth")
     bar = figure.colorbar(image, ax=axis, shrink=0.6, aspect=30, pad=0.01)
@@ -158,7 +164,7 @@ def _draw_bars(axis: Axes, scores: Sequence[tuple[str, float]], mean: float) -> 
         label = axis.text(1 if absent else 100 * iou + 1, row, text, va="center", fontsize=8)
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     axis.axvline(mean, color="0.35", linestyle="--", linewidth=1, zorder=0)
-    axis.set_yticks(range(len(scores)), [name for name, _ in scores], fontsize=8)
+    axis.set_yticks(range(len(scores)), [plain(name) for name, _ in scores], fontsize=8)
     axis.set_xlim(0, 110)
     axis.set_xticks(range(0, 101, 20))
     axis.spines[["top", "right"]].set_visible(False)

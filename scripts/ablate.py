@@ -179,7 +179,10 @@ class Grid:
             return
         reason = f"exit code {code}; the end of {cell.log}:"
         if code == 0:
-            reason = f"it left no result; to run it anew, delete {cell.folder}. {cell.log} ends:"
+            reason = (
+                "it left no result, as where --trainer.val_check_interval lets it end without a "
+                f"validation; to run it anew, delete {cell.folder}. {cell.log} ends:"
+            )
         self.failures[cell.name] = [reason, *attempt.last_lines()]
         self.say(f"{cell.name}: failed, see below")
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,7 +47,8 @@ def write_base(folder, **trainer):
 def start(folder, *args):
     command = [sys.executable, str(SCRIPT), "--config", "tiny.yaml", *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=folder, **pipes)
+    hear = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # the suite may run under nohup
+    return subprocess.Popen(command, cwd=folder, preexec_fn=hear, **pipes)
 
 
 def ablate(folder, *args):

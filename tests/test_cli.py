@@ -15,8 +15,10 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ProgressBar
 from PIL import Image
+from rich.console import Console
 
 from isanet_pl import __version__
+from isanet_pl.callbacks.results import _table
 from isanet_pl.cli import main
 from isanet_pl.errors import InputError
 from isanet_pl.inference import Inference
@@ -150,6 +152,23 @@ def test_fit_ends_with_the_table(tiny, tmp_path, capsys):
     out = capsys.readouterr().out
     for word in ("mIoU", "mAcc", "aAcc", "background", "red", "yellow"):
         assert word in out
+
+
+def test_brackets_in_class_names_are_no_markup(capsys):
+    names = ("[red] ball [/b]", "car [parked]")
+    scores = dict.fromkeys(("miou", "macc", "aacc", *(f"iou/{name}" for name in names)), 0.5)
+    Console(width=80).print(_table("val", scores))
+    out = capsys.readouterr().out
+    assert all(name in out for name in names)
+
+
+def test_a_fit_that_ends_before_its_first_validation_says_so(tiny, tmp_path, caplog):
+    run("fit", tiny, tmp_path, "--trainer.max_steps", 1)
+    assert "ended before its first validation (--trainer.val_check_interval 2)" in caplog.text
+    assert not (tmp_path / "runs" / "tiny" / "version_0" / "results.json").exists()
+    caplog.clear()
+    run("fit", tiny, tmp_path, "--trainer.max_steps", 1, "--trainer.limit_val_batches", 0)
+    assert "first validation" not in caplog.text  # as asked for
 
 
 def test_the_bar_counts_epochs_of_steps_and_shows_no_version(tiny, tmp_path, capsys):

@@ -336,6 +336,12 @@ def test_class_names_from_the_file(folder):
     assert data.num_classes == 3
 
 
+def test_class_names_of_another_encoding_are_told(folder):
+    (folder / "classes.txt").write_bytes("Bäume\nStraße\n".encode("latin-1"))
+    with fails_naming(folder / "classes.txt", "is no UTF-8 text", "save it as UTF-8"):
+        SegmentationFolder(root=str(folder))
+
+
 def test_class_names_from_the_argument_win(folder):
     (folder / "classes.txt").write_text("a\nb\n")
     data = make_data(folder, "validate")

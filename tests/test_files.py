@@ -70,6 +70,18 @@ def test_list_files_takes_the_endings_it_is_given(tmp_path):
     assert list_files(tmp_path, MASK_SUFFIXES) == [tmp_path / "b.png"]
 
 
+@pytest.mark.parametrize("recursive", [False, True])
+def test_hidden_files_are_no_data(tmp_path, recursive):
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in ("a.png", "._a.png", ".ipynb_checkpoints/a-checkpoint.png"):
+        (tmp_path / name).touch()
+    hidden = tmp_path / ".data"  # but the folder itself may be
+    hidden.mkdir()
+    (hidden / "b.png").touch()
+    assert list_files(tmp_path, frozenset({".png"}), recursive) == [tmp_path / "a.png"]
+    assert list_files(hidden, frozenset({".png"}), recursive) == [hidden / "b.png"]
+
+
 def test_list_files_goes_into_folders_only_when_told(tmp_path):
     files = [tmp_path / "a.png", tmp_path / "x" / "b.jpg", tmp_path / "x" / "y" / "c.webp"]
     touch(*files, tmp_path / "x" / "d.csv")
@@ -118,7 +130,7 @@ def test_list_files_refuses_missing_and_empty_folders(tmp_path):
     touch(tmp_path / "notes.txt")
     with pytest.raises(InputError, match=rf"no file in {re.escape(str(tmp_path))}.*\.png"):
         list_files(tmp_path, IMAGE_SUFFIXES)
-    with pytest.raises(InputError, match="folder not found"):
+    with pytest.raises(InputError, match="a folder is wanted, not the file"):
         list_files(tmp_path / "notes.txt", IMAGE_SUFFIXES)
 
 

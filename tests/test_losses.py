@@ -110,6 +110,22 @@ def test_auxiliary_loss_is_weighted(logits, target):
     torch.testing.assert_close(loss, main + 1.5 * other)
 
 
+def test_a_negative_weight_of_the_auxiliary_head_is_refused():
+    with pytest.raises(ValueError, match="aux_weight must be a number of at least 0, got -1"):
+        SegmentationLoss(aux_weight=-1)
+
+
+def test_ohem_that_keeps_all_pixels_says_so_once(logits, target, caplog):
+    loss = SegmentationLoss(ohem_threshold=0.7)
+    for _ in range(2):
+        loss({"out": logits}, target)
+    [record] = caplog.records
+    assert "ohem_min_kept is 100000, and a batch on a device has 60" in record.getMessage()
+    caplog.clear()
+    SegmentationLoss(ohem_threshold=0.7, ohem_min_kept=59)({"out": logits}, target)
+    assert not caplog.records
+
+
 def test_auxiliary_head_counts_all_pixels(logits, target):
     aux = logits.flip(1)
     loss = SegmentationLoss(ohem_threshold=0.3, ohem_min_kept=3)

@@ -233,6 +233,20 @@ def test_nan_loss_names_the_step_and_the_images(tmp_path):
         make_trainer(tmp_path).fit(module, make_loader())
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("new_layers_lr_factor", -3),
+        ("poly_power", -1),
+        ("end_lr_factor", float("nan")),
+        ("reference_batch_size", 0),
+    ],
+)
+def test_schedules_that_climb_or_divide_by_zero_are_refused(option, value):
+    with pytest.raises(InputError, match=f"model.{option} must be .*, got {value}"):
+        make_module(**{option: value})
+
+
 def test_the_loss_of_an_evaluation_is_that_of_labelled_images_and_hides_no_nan():
     module = make_module()
     logits = torch.zeros(2, 3, 4, 4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from isanet_pl.pictures import draw_class_scores, draw_confusion, render
+from isanet_pl.pictures import draw_class_scores, draw_confusion, draw_panels, render
 
 
 def labels_of(axis, which):
@@ -56,6 +56,21 @@ def test_bars_go_from_best_to_worst_and_say_what_is_absent():
     assert [text.get_text() for text in axis.texts] == ["91.5", "50.0", "0.0", "absent"]
     assert axis.lines[0].get_xdata()[0] == pytest.approx(47.17)
     assert "47.17" in axis.figure.get_suptitle()
+
+
+def test_dollars_in_names_make_no_formula():
+    names = ["co$t", "x_y$", r"$\foo$"]
+    figures = [
+        draw_class_scores(dict.fromkeys(names, 0.5), 0.5),
+        draw_confusion(torch.eye(3), names),
+        draw_panels([(torch.zeros(3, 4, 4), *torch.zeros(2, 4, 4))], names, [[0, 0, 0]] * 3),
+    ]
+    for figure in figures:
+        render(figure)  # or matplotlib would fail
+    [legend] = figures[2].legends
+    assert all(text._preprocess_math(text.get_text())[1] is False for text in legend.texts)
+    ticks = figures[1].axes[0].get_yticklabels()
+    assert [t._preprocess_math(t.get_text()) for t in ticks] == [(name, False) for name in names]
 
 
 def test_many_bars_stand_in_columns():

@@ -1,6 +1,7 @@
 """What a run leaves at its end: the table of its scores and `results.json`."""
 
 import json
+import logging
 import math
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from isanet_pl.checkpoint_io import write_whole
@@ -21,6 +23,8 @@ from isanet_pl.hardware import describe_machine
 from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
 from isanet_pl.run_folder import run_folder
+
+log = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 """What a run that has ended leaves in its folder."""
@@ -162,8 +166,28 @@ class ResultTable(pl.Callback):
         step: int | None,
     ) -> None:
         if "miou" not in scores:
-            return  # a fit without any validation
+            if trainer.limit_val_batches:
+                log.warning(
+                    "the fit ended before its first validation (%s): there are no scores, and "
+                    "there is no %s; give a lower --trainer.val_check_interval",
+                    f"--trainer.val_check_interval {trainer.val_check_interval}",
+                    RESULTS,
+                )
+            return
+        self._write(trainer, pl_module, stage, scores, step)
         Console(width=None if sys.stdout.isatty() else 80).print(_table(stage, scores))
+        folder = run_folder(trainer)
+        if folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print(f"written to {folder}")
+
+    def _write(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        stage: str,
+        scores: Mapping[str, float],
+        step: int | None,
+    ) -> None:
         folder = run_folder(trainer)
         if trainer.fast_dev_run or folder is None:  # type: ignore[attr-defined]
             return
@@ -183,7 +207,6 @@ class ResultTable(pl.Callback):
         # Whole: this file says that the run has ended.
         text = json.dumps(record, indent=2) + "\n"
         write_whole(folder / RESULTS, lambda file: file.write_text(text, "utf-8"))
-        print(f"written to {folder}")
 
     def _gmacs(self, pl_module: pl.LightningModule) -> float | None:
         # An ONNX file cannot be asked; the size is unknown to a run of an older version that had
@@ -210,7 +233,7 @@ def _table(stage: str, scores: Mapping[str, float]) -> Table:
     for name, value in scores.items():
         if name.startswith("iou/"):
             text = "absent" if math.isnan(value) else f"{100 * value:.2f}"
-            table.add_row(name.removeprefix("iou/"), text)
+            table.add_row(escape(name.removeprefix("iou/")), text)  # [a] is no markup
     table.add_section()
     for name, label in (("miou", "mIoU"), ("macc", "mAcc"), ("aacc", "aAcc")):
         table.add_row(label, f"{100 * scores[name]:.2f}")

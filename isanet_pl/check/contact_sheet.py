@@ -13,7 +13,7 @@ from PIL import Image
 
 from isanet_pl.check.facts import Pixels
 from isanet_pl.data.files import IGNORE, INVALID, Codes, Pair, read_image
-from isanet_pl.pictures import overlay
+from isanet_pl.pictures import overlay, plain
 
 WRONG = (255, 0, 255)
 """Colour of pixels whose code has no class."""
@@ -101,7 +101,7 @@ def _row_height(shown: Sequence[Thumbnail]) -> float:
 
 
 def _shorten(name: str, most: int = 34) -> str:
-    return name if len(name) <= most else f"...{name[3 - most :]}"
+    return plain(name if len(name) <= most else f"...{name[3 - most :]}")
 
 
 def _legend(
@@ -109,7 +109,7 @@ def _legend(
 ) -> list[Patch]:
     found = {int(index) for thumbnail in shown for index in np.unique(thumbnail.classes)}
     labels = [
-        (f"{i} {name}", colour)
+        (f"{i} {plain(name)}", colour)
         for i, (name, colour) in enumerate(zip(class_names, palette, strict=True))
     ]
     if INVALID in found:
@@ -145,7 +145,9 @@ def draw_classes(
         axis.set_axis_off()
     for axis, (index, thumbnail) in zip(axes.flat, thumbnails.items(), strict=False):
         axis.imshow(_spotlight(thumbnail, index))
-        axis.set_title(f"{index} {class_names[index]}  {100 * shares[index]:.3g} %", fontsize=8)
+        axis.set_title(
+            f"{index} {plain(class_names[index])}  {100 * shares[index]:.3g} %", fontsize=8
+        )
     return figure
 
 

@@ -37,19 +37,25 @@ def list_files(folder: Path, suffixes: frozenset[str], recursive: bool = False) 
     """Returns the files of a folder that have one of the suffixes, sorted by path.
 
     A link that leads nowhere is among them: reading it names it, and leaving it out would not.
+    Hidden files and folders are not, such as macOS's ._photo.jpg and .ipynb_checkpoints.
 
     Raises:
         InputError: The folder, or one below it, cannot be read, or no file has such a suffix.
     """
     if not folder.is_dir():
-        raise InputError(f"folder not found: {folder}")
+        what = "a folder is wanted, not the file" if folder.is_file() else "folder not found:"
+        raise InputError(f"{what} {folder}")
     try:
         entries = [*(files_below(folder) if recursive else folder.iterdir())]
     except OSError as error:
         where = error.filename or folder
         raise InputError(f"cannot read the folder {where}: {error.strerror}") from error
     files = sorted(
-        p for p in entries if p.suffix.lower() in suffixes and (p.is_file() or not p.exists())
+        p
+        for p in entries
+        if p.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+        and (p.is_file() or not p.exists())
     )
     if not files:
         raise InputError(f"no file in {folder} ends in one of {', '.join(sorted(suffixes))}")

@@ -54,7 +54,13 @@ class SegmentationFolder(SegmentationDataModule):
                 f"class names are missing: give --data.class_names '[a, b]' or write {path}, one "
                 "name a line in the order of the mask codes"
             )
-        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        try:
+            lines = path.read_text("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path} is no UTF-8 text ({error.reason}): save it as UTF-8"
+            ) from error
+        return [line.strip() for line in lines if line.strip()]
 
     def list_pairs(self, split: Split) -> list[Pair]:
         """Returns the (image, mask) files of a split."""

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from isanet_pl.agreement import different_arguments
+from isanet_pl.errors import why_no_checkpoint
 from isanet_pl.inference import Inference, resize_logits
 from isanet_pl.models.attention import AttentionOrder, ISAModule
 from isanet_pl.models.backbone import Backbone
@@ -320,7 +321,7 @@ class ISANet(nn.Module):
             network = cls(**network_args)
             network.load_state_dict(_of_network(checkpoint["state_dict"]))
         except Exception as error:
-            raise ValueError(f"{path} is not a checkpoint of isanet-pl: {error!r}") from error
+            raise ValueError(why_no_checkpoint(path, error)) from error
         network.inference = inference
         return network.eval().to(memory_format=torch.channels_last)  # as `normalise` gives images
 
