@@ -174,39 +174,27 @@ class ResultTable(pl.Callback):
                     RESULTS,
                 )
             return
-        self._write(trainer, pl_module, stage, scores, step)
+        folder = None if trainer.fast_dev_run else run_folder(trainer)  # type: ignore[attr-defined]
+        if folder is not None:  # first: a run whose table fails has ended all the same
+            record = {
+                "command": shlex.join(["isanet-pl", *sys.argv[1:]]),
+                "stage": stage,
+                "step": step,
+                "seconds": round(self.seconds),
+                "machine": describe_machine(pl_module.device, trainer.world_size),
+                "torch": torch.__version__,
+                "git": self.code,
+                "parameters": sum(p.numel() for p in pl_module.parameters()) or None,
+                "gmacs": self._gmacs(pl_module),
+                "image_size": self.image_size,
+                "scores": {k: None if math.isnan(v) else round(v, 6) for k, v in scores.items()},
+            }
+            # Whole: this file says that the run has ended.
+            text = json.dumps(record, indent=2) + "\n"
+            write_whole(folder / RESULTS, lambda file: file.write_text(text, "utf-8"))
         Console(width=None if sys.stdout.isatty() else 80).print(_table(stage, scores))
-        folder = run_folder(trainer)
-        if folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if folder is not None:
             print(f"written to {folder}")
-
-    def _write(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        stage: str,
-        scores: Mapping[str, float],
-        step: int | None,
-    ) -> None:
-        folder = run_folder(trainer)
-        if trainer.fast_dev_run or folder is None:  # type: ignore[attr-defined]
-            return
-        record = {
-            "command": shlex.join(["isanet-pl", *sys.argv[1:]]),
-            "stage": stage,
-            "step": step,
-            "seconds": round(self.seconds),
-            "machine": describe_machine(pl_module.device, trainer.world_size),
-            "torch": torch.__version__,
-            "git": self.code,
-            "parameters": sum(p.numel() for p in pl_module.parameters()) or None,
-            "gmacs": self._gmacs(pl_module),
-            "image_size": self.image_size,
-            "scores": {k: None if math.isnan(v) else round(v, 6) for k, v in scores.items()},
-        }
-        # Whole: this file says that the run has ended.
-        text = json.dumps(record, indent=2) + "\n"
-        write_whole(folder / RESULTS, lambda file: file.write_text(text, "utf-8"))
 
     def _gmacs(self, pl_module: pl.LightningModule) -> float | None:
         # An ONNX file cannot be asked; the size is unknown to a run of an older version that had
