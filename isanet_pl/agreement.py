@@ -69,7 +69,7 @@ def different_arguments(saved: Mapping[str, Any], own: Mapping[str, Any]) -> lis
         for key, value in own.items()
         if saved.get(key) is not None  # left to its default, which follows from the others
         and key not in TRAINING_ONLY
-        and json.dumps(saved[key]) != json.dumps(value)
+        and _plain(saved[key]) != _plain(value)
     ] + [
         f"model.network.{key}: checkpoint {saved[key]}, but this version has no such option"
         for key in saved.keys() - own.keys()
@@ -91,7 +91,7 @@ def different_views(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[st
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value as a config has it: tuples are lists."""
+    """Returns a value as a config has it, where tuples are lists; 0 equals 0.0."""
     return json.loads(json.dumps(value))
 
 

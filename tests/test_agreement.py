@@ -27,6 +27,7 @@ def check(checkpoint):
         make_checkpoint({"dropout": 0.5}),  # changes nothing of what was trained
         make_checkpoint({"value_bias": None}),  # its default, which the form of the network sets
         make_checkpoint({"down_factors": ((8, 8),)}),
+        make_checkpoint({"down_factors": [[8.0, 8.0]]}),  # one number, however it is spelt
         {"state_dict": STATE},  # says nothing of itself
     ],
 )

@@ -140,7 +140,6 @@ class ISANet(nn.Module):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         # As a config has them, that a checkpoint is compared with: 1 and 1.0 are one number.
         arguments |= {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
-        arguments |= {"negative_slope": float(negative_slope)}
         super().__init__()
         _check(arguments)
         reduced = form == "reduced"
