@@ -57,22 +57,29 @@ def draw_panels(
 ) -> Figure:
     """Returns a figure with a row of pictures for each image, and a legend.
 
+    Ignored pixels of the truth are chequered, as any plain colour may be that of a class.
+
     Args:
         rows: Image uint8 (3, H, W), true and predicted class map (H, W), each.
         class_names: Names of the classes.
         palette: RGB colours of the classes, 0..255.
     """
     _, height, width = rows[0][0].shape
-    legend_rows = math.ceil(len(class_names) / 6)
+    handles = [
+        Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="grey", label=plain(name))
+        for name, (r, g, b) in zip(class_names, palette, strict=True)
+    ]
+    if any(bool((truth == IGNORE).any()) for _, truth, _ in rows):
+        handles.append(Patch(facecolor="0.8", edgecolor="0.5", hatch="xxxx", label="ignored"))
+    legend_rows = math.ceil(len(handles) / 6)
     columns = 3
     size = (columns * 3.2, len(rows) * 3.2 * height / width + 0.35 + 0.25 * legend_rows)
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for i, (image, truth, prediction) in enumerate(rows):
-        # Where the truth is unknown, a prediction cannot be judged: show it, but leave truth black.
         pictures = (
             image.permute(1, 2, 0).cpu().numpy(),
-            colourise(truth, palette),
+            _chequer_ignored(colourise(truth, palette), truth),
             colourise(prediction, palette),
         )
         for axis, picture, title in zip(
@@ -82,10 +89,6 @@ def draw_panels(
             axis.set_axis_off()
             if i == 0:
                 axis.set_title(title, fontsize=9)
-    handles = [
-        Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="grey", label=plain(name))
-        for name, (r, g, b) in zip(class_names, palette, strict=True)
-    ]
     figure.legend(
         handles=handles,
         loc="outside lower center",
@@ -94,6 +97,15 @@ def draw_panels(
         frameon=False,
     )
     return figure
+
+
+def _chequer_ignored(picture: Pixels, classes: Tensor) -> Pixels:
+    height, width, _ = picture.shape
+    side = max(2, width // 60)  # to be seen when the picture is made smaller
+    rows, columns = np.ogrid[:height, :width]
+    chequers = np.where((rows // side + columns // side) % 2, 235, 150)[..., None]
+    ignored = (classes == IGNORE).cpu().numpy()[..., None]
+    return np.where(ignored, chequers, picture).astype(np.uint8)
 
 
 def draw_confusion(confusion: Tensor, class_names: Sequence[str]) -> Figure:

@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 from labels import NO_DIFFERENCE, starts
-from run_folders import flatten
 
+from isanet_pl.callbacks.run_config import flatten
 from isanet_pl.cli import main as isanet_pl_main
 from isanet_pl.errors import InputError
 from isanet_pl.resume import find_run

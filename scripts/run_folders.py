@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from isanet_pl.callbacks.run_config import flatten
 from isanet_pl.errors import InputError
 
 Curve = dict[int, float]
@@ -161,21 +162,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("it is no YAML mapping")
     return flatten(content)
-
-
-def flatten(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a config holds by dotted key; see `read_config`."""
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, key: tuple[str, ...]) -> None:
-        if isinstance(value, dict) and value:
-            for name, part in value.items():
-                walk(part, key if name in ("class_path", "init_args") else (*key, str(name)))
-        else:
-            flat[".".join(key)] = value
-
-    walk(content, ())
-    return flat
 
 
 def read_result(path: Path) -> Result:

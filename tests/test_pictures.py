@@ -73,6 +73,20 @@ def test_dollars_in_names_make_no_formula():
     assert [t._preprocess_math(t.get_text()) for t in ticks] == [(name, False) for name in names]
 
 
+def test_ignored_pixels_look_like_no_class():
+    truth = torch.tensor([[0, 1], [2, 255]]).repeat_interleave(20, 0).repeat_interleave(20, 1)
+    palette = [[0, 0, 0], [255, 255, 255], [128, 128, 128]]
+    figure = draw_panels([(torch.zeros(3, 40, 40), truth, truth)], ["a", "b", "c"], palette)
+    shown = figure.axes[1].images[0].get_array()
+    for rows, columns, colour in ((0, 0, 0), (0, 20, 255), (20, 0, 128)):
+        assert np.unique(shown[rows : rows + 20, columns : columns + 20]).tolist() == [colour]
+    assert np.unique(shown[20:, 20:]).tolist() == [150, 235]
+    labels = [text.get_text() for text in figure.legends[0].texts]
+    assert labels == ["a", "b", "c", "ignored"]
+    figure = draw_panels([(torch.zeros(3, 40, 40), truth * 0, truth)], ["a", "b", "c"], palette)
+    assert "ignored" not in [text.get_text() for text in figure.legends[0].texts]
+
+
 def test_many_bars_stand_in_columns():
     scores = {f"class number {i}": i / 150 for i in range(150)}
     figure = draw_class_scores(scores, 0.5)

@@ -26,6 +26,7 @@ from isanet_pl.callbacks.averaging import ExponentialAverage
 from isanet_pl.callbacks.last_checkpoint import LastCheckpoint, random_state, restore_random_state
 from isanet_pl.callbacks.progress import Progress
 from isanet_pl.callbacks.results import ResultTable
+from isanet_pl.callbacks.run_config import flatten
 from isanet_pl.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from isanet_pl.cli import main
 from isanet_pl.models import ISANet
@@ -338,11 +339,25 @@ def test_settings_that_change_on_going_on_are_said_and_win(stopped, caplog):
     fit(stopped, **{"data.batch_size": 1, rate: 0.5, "seed_everything": 1, **options})
     (said,) = (r.getMessage() for r in caplog.records if "another config" in r.getMessage())
     assert said.splitlines()[1:] == [
-        "  data.init_args.batch_size: 2 before, now 1",
-        f"  {rate}: 0.01 before, now 0.5",
+        "  data.batch_size: 2 before, now 1",
+        "  model.optimizer.lr: 0.01 before, now 0.5",
         "  seed_everything: 0 before, now 1",
     ]
     assert "training samples go on with the checkpoint's seed 0" in caplog.text
+
+
+def test_config_keys_are_those_of_the_command_line():
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    data = {"class_path": "CamVid", "init_args": {}}
+    assert flatten(
+        {"model": {"optimizer": optimizer, "scales": [1]}, "data": data, "plugins": {}}
+    ) == {
+        "model.optimizer": "torch.optim.SGD",
+        "model.optimizer.lr": 0.1,
+        "model.scales": [1],
+        "data": "CamVid",
+        "plugins": {},
+    }
 
 
 def test_overfitting_shows_the_same_samples_in_every_epoch(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -60,7 +60,7 @@ class RunConfig(SaveConfigCallback):
         """Says where training goes on with other settings than those of the checkpoint."""
         if trainer.state.fn != "fit" or not trainer.is_global_zero or CONFIG not in checkpoint:
             return
-        old, new = dict(_flat(checkpoint[CONFIG])), dict(_flat(self._plain))
+        old, new = flatten(checkpoint[CONFIG]), flatten(self._plain)
         differences = [
             f"{key}: {old.get(key)} before, now {new.get(key)}"
             for key in sorted(old.keys() | new.keys())
@@ -70,11 +70,23 @@ class RunConfig(SaveConfigCallback):
             log.info("going on with another config:\n  %s", "\n  ".join(differences))
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the settings of a nested config, by the names that the command line has for them."""
-    for key, value in config.items():
-        name = f"{prefix}{key}"
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config by dotted key, classes and their arguments as the command line spells them.
+
+    Args:
+        config: Nested, as `config.yaml` holds it.
+    """
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, key: tuple[str, ...]) -> None:
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{name}.")
+            for name, part in value.items():
+                if name in ("class_path", "init_args"):
+                    walk(part, key)
+                else:
+                    walk(part, (*key, str(name)))
         else:
-            yield name, value
+            flat.setdefault(".".join(key), value)  # the class, not its empty arguments
+
+    walk(config, ())
+    return flat

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from isanet_pl.errors import InputError
+from isanet_pl.errors import InputError, few
 from isanet_pl.models import ISANet
 
 Rules = Sequence[tuple[str, str]]
@@ -121,11 +121,7 @@ def fill(network: ISANet, state: Mapping[str, Tensor], rules: Rules, path: Path)
             if key in state and state[key].shape != own[name].shape
         ],
     }
-    lines = [f"  {len(keys)} {kind}: {_some(keys)}" for kind, keys in problems.items() if keys]
+    lines = [f"  {len(keys)} {kind}: {few(keys, SHOWN)}" for kind, keys in problems.items() if keys]
     if lines:
         raise InputError("\n".join([f"{path} does not hold exactly this network:", *lines]))
     network.load_state_dict({name: state.get(key, own[name]) for name, key in theirs.items()})
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isanet_pl.errors import few
+
 log = logging.getLogger(__name__)
 
 
@@ -59,7 +61,8 @@ def load_weights(
     shared = {k: v for k, v in state.items() if k in own}
     if not shared:
         raise ValueError(
-            f"{source} holds no weight of {name}: there are {_some(state)}, wanted {_some(own)}"
+            f"{source} holds no weight of {name}: there are {few(list(state), 3) or 'nothing'}, "
+            f"wanted {few(list(own), 3)}"
         )
     for key, value in shared.items():
         if value.shape != own[key].shape:
@@ -77,11 +80,6 @@ def load_weights(
         _by_part(k for k in state if k not in own),
     )
     return frozenset(shared)
-
-
-def _some(names: Iterable[str]) -> str:
-    first = list(names)
-    return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "") or "nothing"
 
 
 def _by_part(names: Iterable[str]) -> str:
