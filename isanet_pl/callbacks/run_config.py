@@ -45,7 +45,7 @@ class RunConfig(SaveConfigCallback):
 
     @cached_property
     def _plain(self) -> dict[str, Any]:
-        plain: dict[str, Any] = json.loads(self.parser.dump(self.config, "json", skip_none=False))
+        plain: dict[str, Any] = json.loads(self.parser.dump(self.config, "json", skip_unset=False))
         return plain
 
     def on_save_checkpoint(
