@@ -42,7 +42,7 @@ from isanet_pl.options import (
     link_data,
 )
 from isanet_pl.resume import continue_metrics, find_run
-from isanet_pl.run_folder import new_run_folder
+from isanet_pl.run_folder import name_of_run, new_run_folder
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,12 @@ class SegmentationCLI(LightningCLI):
         """Returns the name of the run, and puts it into the config."""
         if config.name is None:
             files = [str(file) for file in config.config or [] if file is not None]
-            config.name = Path([*files, config.ckpt_path or "unnamed"][0]).stem
+            if files:
+                config.name = Path(files[0]).stem
+            elif config.ckpt_path is not None:
+                config.name = name_of_run(Path(config.ckpt_path), Path(config.runs_dir))
+            else:
+                config.name = "unnamed"
         return str(config.name)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

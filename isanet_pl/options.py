@@ -18,7 +18,8 @@ def add_run_options(parser: LightningArgumentParser) -> None:
     parser.add_argument(
         "--name",
         type=str | None,
-        help="Name of the run, a folder in runs_dir; null: the config file's name.",
+        help="Name of the run, a folder in runs_dir; null: the config file's name, or without one "
+        "that of the checkpoint's run.",
     )
     parser.add_argument(
         "--runs_dir",

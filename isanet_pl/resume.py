@@ -10,9 +10,10 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
-from isanet_pl.callbacks.last_checkpoint import FOLDER, LAST
+from isanet_pl.callbacks.last_checkpoint import LAST
 from isanet_pl.checkpoint_io import read_checkpoint
 from isanet_pl.errors import InputError
+from isanet_pl.run_folder import CHECKPOINTS
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def find_run(runs_dir: str, name: str) -> tuple[Path, Path] | None:
     Raises:
         InputError: The run has checkpoints, but none of them is whole.
     """
-    found = (Path(runs_dir) / name).glob(f"version_*/{FOLDER}")
+    found = (Path(runs_dir) / name).glob(f"version_*/{CHECKPOINTS}")
     # Not the copies that users make, such as version_0_old.
     named = ((re.fullmatch(r"version_(\d+)", path.parent.name), path) for path in found)
     versions = {int(match[1]): path for match, path in named if match}

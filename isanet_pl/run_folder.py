@@ -6,6 +6,9 @@ import lightning.pytorch as pl
 
 from isanet_pl.errors import InputError
 
+CHECKPOINTS = "checkpoints"
+"""Where a run keeps its checkpoints; made by `fit` alone."""
+
 
 def new_run_folder(runs_dir: str, name: str) -> Path:
     """Creates and returns runs_dir/name/version_N with the first free N.
@@ -27,6 +30,21 @@ def new_run_folder(runs_dir: str, name: str) -> Path:
             raise InputError(
                 f"cannot write the run folder {folder}: {error.strerror}; choose another --runs_dir"
             ) from error
+
+
+def name_of_run(checkpoint: Path, runs_dir: Path) -> str:
+    """Returns the name of the run that wrote a checkpoint; outside a run folder, the file's name.
+
+    Args:
+        checkpoint: RUNS_DIR/NAME/version_N/checkpoints/FILE, or a file elsewhere.
+        runs_dir: Where runs are written now; a run that is not below it has its last folder's name.
+    """
+    folder = checkpoint.resolve().parent
+    if folder.name != CHECKPOINTS or not folder.parent.name.startswith("version_"):
+        return checkpoint.stem
+    run = folder.parent.parent
+    root = runs_dir.resolve()
+    return run.relative_to(root).as_posix() if root in run.parents else run.name
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -145,6 +146,24 @@ def test_saved_config_is_complete_and_runs_again_in_a_new_folder(trained, tmp_pa
     second = run("fit", trained / "config.yaml", tmp_path, "--trainer.max_steps", 2)
     assert Path(first.trainer.log_dir) == tmp_path / "runs" / "tiny" / "version_0"
     assert Path(second.trainer.log_dir) == tmp_path / "runs" / "tiny" / "version_1"
+
+
+def test_what_a_checkpoint_alone_says_is_written_beside_its_run(trained, tmp_path):
+    checkpoint = trained / "checkpoints" / "best.ckpt"
+    nested = tmp_path / "runs" / "grid" / "base" / "seed0" / "version_0" / "checkpoints"
+    nested.mkdir(parents=True)
+    elsewhere = tmp_path / "downloaded.ckpt"
+    for copy in (nested / "best.ckpt", elsewhere):
+        shutil.copy(checkpoint, copy)
+    for file, name, version in (
+        (checkpoint, "tiny", 0),  # of another runs_dir
+        (nested / "best.ckpt", "grid/base/seed0", 1),
+        (elsewhere, "downloaded", 0),
+    ):
+        data = ["--data", "Synthetic", "--data.cells", "2", "--data.num_eval", "2"]
+        runs = ["--runs_dir", str(tmp_path / "runs")]
+        cli = main(["validate", "--ckpt_path", str(file), *data, *runs])
+        assert Path(cli.trainer.log_dir) == tmp_path / "runs" / name / f"version_{version}"
 
 
 def test_fit_ends_with_the_table(tiny, tmp_path, capsys):

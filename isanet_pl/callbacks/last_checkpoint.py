@@ -19,12 +19,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from isanet_pl.checkpoint_io import PART
 from isanet_pl.errors import InputError
-from isanet_pl.run_folder import run_folder
+from isanet_pl.run_folder import CHECKPOINTS, run_folder
 
 log = logging.getLogger(__name__)
 
-FOLDER = "checkpoints"
-"""Where a run keeps its checkpoints; made by `fit` alone."""
 LAST = "last.ckpt"
 ASK_EVERY = 10
 """Steps after which processes ask each other whether one was told to stop: they wait for it."""
@@ -103,7 +101,7 @@ class LastCheckpoint(Checkpoint):
 
     @staticmethod
     def _folder(trainer: pl.Trainer) -> Path:
-        return (run_folder(trainer) or Path(trainer.default_root_dir)) / FOLDER
+        return (run_folder(trainer) or Path(trainer.default_root_dir)) / CHECKPOINTS
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
