@@ -179,17 +179,22 @@ def check(options: Namespace) -> int:
     """
     data = build_data(options)
     folder = Path(options.output or f"runs/dataset_check/{data.root_path.resolve().name}")
-    if options.suggest_config and Path(options.suggest_config).exists():
-        raise InputError(f"{options.suggest_config} exists; choose another --suggest-config FILE")
+    suggested = Path(options.suggest_config) if options.suggest_config else None
     try:
-        folder.mkdir(parents=True, exist_ok=True)  # now, and not when an hour was spent
+        # What is wrong with these is said now, and not when an hour was spent.
+        if suggested is not None:
+            if suggested.exists():
+                raise InputError(f"{suggested} exists; choose another --suggest-config FILE")
+            machine = find_machine(options.device, options.memory)
+            suggested.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         console = Console(width=None if sys.stdout.isatty() else 100)
         pairs, problems = list_splits(data)
         fingerprint = take_fingerprint(data, pairs, options.workers, console)
         problems += find_problems(
             fingerprint,
             data.eval_batch_size,
-            1 if options.suggest_config else data.batch_size,  # a suggestion has its own
+            1 if suggested else data.batch_size,  # a suggestion has its own
         )
         problems.sort(key=lambda problem: problem.level)
         if fingerprint.splits:
@@ -197,25 +202,16 @@ def check(options: Namespace) -> int:
         write_report(folder, fingerprint, problems, pairs, data)
         code = print_problems(console, problems, str(data.root_path))
         print(f"written to {folder}")
-        if options.suggest_config:
-            suggest(options, fingerprint, fit=code == 0)
+        if suggested is not None and code == 0:
+            name = options.data.class_path.removeprefix("isanet_pl.data.")
+            text = suggest_config(fingerprint, machine, name, facts_of_data(options.data))
+            suggested.write_text(text, "utf-8")
+            print(f"{suggested}: a config for {machine}; isanet-pl fit --config {suggested}")
+        elif suggested is not None:
+            print(f"{suggested} was not written: correct the errors first")
     except OSError as error:
         raise InputError(f"cannot access {error.filename}: {error.strerror}") from error
     return code
-
-
-def suggest(options: Namespace, fingerprint: Fingerprint, fit: bool) -> None:
-    """Writes a config that suits the data and the machine; not for data that are not fit for it."""
-    path = Path(options.suggest_config)
-    if not fit:
-        print(f"{path} was not written: correct the errors first")
-        return
-    machine = find_machine(options.device, options.memory)
-    name = options.data.class_path.removeprefix("isanet_pl.data.")
-    text = suggest_config(fingerprint, machine, name, facts_of_data(options.data))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, "utf-8")
-    print(f"{path}: a config for {machine}; isanet-pl fit --config {path}")
 
 
 def facts_of_data(options: Namespace) -> dict[str, Any]:

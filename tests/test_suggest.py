@@ -413,6 +413,18 @@ def test_the_config_for_a_gpu_parses_and_builds(small_root, tmp_path, monkeypatc
     assert cli.config.trainer.devices == 1
 
 
+def test_a_wrong_wish_is_told_before_any_file_is_read(small_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(check_dataset, "list_splits", None)  # to call it would raise
+    assert check(small_root, tmp_path / "new" / "mine.yaml", "--device", "cuda") == 2
+    assert "say how many GB yours has with --memory" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert check(small_root, tmp_path / "file" / "mine.yaml") == 2
+    assert f"cannot access {tmp_path / 'file'}" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]  # no report of nothing
+
+
 def test_nothing_is_overwritten(small_root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "mine.yaml"
