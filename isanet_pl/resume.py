@@ -3,7 +3,6 @@
 import csv
 import io
 import logging
-import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from isanet_pl.callbacks.last_checkpoint import LAST
 from isanet_pl.checkpoint_io import read_checkpoint
 from isanet_pl.errors import InputError
-from isanet_pl.run_folder import CHECKPOINTS
+from isanet_pl.run_folder import CHECKPOINTS, run_folders
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +25,11 @@ def find_run(runs_dir: str, name: str) -> tuple[Path, Path] | None:
     Raises:
         InputError: The run has checkpoints, but none of them is whole.
     """
-    found = (Path(runs_dir) / name).glob(f"version_*/{CHECKPOINTS}")
-    # Not the copies that users make, such as version_0_old.
-    named = ((re.fullmatch(r"version_(\d+)", path.parent.name), path) for path in found)
-    versions = {int(match[1]): path for match, path in named if match}
-    if not versions:
+    runs = run_folders(Path(runs_dir) / name)
+    fits = [run / CHECKPOINTS for run in runs if (run / CHECKPOINTS).is_dir()]
+    if not fits:
         return None
-    folder = versions[max(versions)]
+    folder = fits[-1]
     # Others only for want of last.ckpt: they may be written in the middle of a step.
     files = sorted(folder.glob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
     files.sort(key=lambda file: file.name != LAST)

@@ -1,5 +1,6 @@
 """The folder of a run: claiming a new one, and finding that of a trainer."""
 
+import re
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -30,6 +31,16 @@ def new_run_folder(runs_dir: str, name: str) -> Path:
             raise InputError(
                 f"cannot write the run folder {folder}: {error.strerror}; choose another --runs_dir"
             ) from error
+
+
+def run_folders(parent: Path) -> list[Path]:
+    """Returns the folders version_N of the runs of a name, by N.
+
+    Copies that users make, such as version_0_old, are none.
+    """
+    named = ((re.fullmatch(r"version_(\d+)", path.name), path) for path in parent.glob("version_*"))
+    versions = {int(match[1]): path for match, path in named if match}
+    return [versions[number] for number in sorted(versions)]
 
 
 def name_of_run(checkpoint: Path, runs_dir: Path) -> str:

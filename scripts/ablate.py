@@ -15,14 +15,14 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from cells import Attempt, Cell, CellInUse, stop
+from cells import Attempt, Cell, CellInUse, Found, stop
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
@@ -92,12 +92,23 @@ def plan(options: argparse.Namespace) -> list[Cell]:
     ]
 
 
-def share_of_machine(slot: int, jobs: int) -> dict[str, str]:
-    """Returns the environment that gives the run in a slot its GPU, or its share of the cores."""
-    if torch.cuda.is_available():
+def share_of_machine(slot: int, jobs: int, trainer: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the environment that gives the run in a slot its GPUs, or its share of the cores.
+
+    Args:
+        slot: Of the run.
+        jobs: Runs at a time.
+        trainer: Of the run's config.
+    """
+    if torch.cuda.is_available() and trainer["accelerator"] != "cpu":
+        devices = str(trainer["devices"])
+        if devices != "auto" and not (devices.isdigit() and int(devices)):
+            return {}  # it names those it wants, or wants all
+        count = 1 if devices == "auto" else int(devices)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-        return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
+        first = slot % max(1, len(gpus) // count) * count
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + count])}
     return {"OMP_NUM_THREADS": str(max(1, num_cores() // jobs))} if jobs > 1 else {}
 
 
@@ -110,7 +121,8 @@ class Grid:
         say: Told of each event, in one line.
 
     Attributes:
-        failures: Why cells have not finished, by their names.
+        finished: What cells reached.
+        failures: Why others have not finished, by their names.
     """
 
     def __init__(self, configs: Configs, jobs: int, say: Callable[[str], None]) -> None:
@@ -119,6 +131,7 @@ class Grid:
         self.say = say
         self.waiting: deque[Cell] = deque()
         self.running: dict[int, Attempt] = {}
+        self.finished: dict[Cell, Found] = {}
         self.failures: dict[str, list[str]] = {}
         self.start = time.monotonic()
         self.work = 0.0
@@ -133,7 +146,7 @@ class Grid:
         for cell, config in self.configs.items():
             found = cell.find(config)
             if found.finished:
-                self.say(f"{cell.name}: has finished, {found}")
+                self._note(cell, found, "has finished, ")
             else:
                 self.waiting.append(cell)
         try:
@@ -153,16 +166,17 @@ class Grid:
             cell = self.waiting.popleft()
             try:
                 config = self.configs[cell]
-                # A run that wants several GPUs finds them all.
-                whole = config["trainer"]["devices"] not in ("auto", 1, "1")
-                share = {} if whole else share_of_machine(slot, self.jobs)
+                share = share_of_machine(slot, self.jobs, config["trainer"])
                 attempt = Attempt(cell, config, share)
             except CellInUse:
                 self.say(f"{cell.name}: left out, another process runs it")
                 self.failures[cell.name] = ["another process runs it"]
                 continue
+            except InputError as error:  # another process has run it meanwhile, otherwise
+                self._fail(cell, str(error))
+                continue
             if attempt.process is None:
-                self.say(f"{cell.name}: has finished, {attempt.found}")
+                self._note(cell, attempt.found, "has finished, ")
                 continue
             resumed = attempt.found.checkpoint
             self.say(f"{cell.name}: " + (f"resumes from {resumed}" if resumed else "starts"))
@@ -171,11 +185,15 @@ class Grid:
 
     def _finish(self, attempt: Attempt) -> None:
         cell, code = attempt.cell, attempt.exit_code()
-        found = cell.find(self.configs[cell])
         first, now = attempt.progress()
         self.work += now - first
+        try:
+            found = cell.find(self.configs[cell])
+        except InputError as error:  # its files were edited, or the code, before it started
+            self._fail(cell, str(error))
+            return
         if code == 0 and found.finished:
-            self.say(f"{cell.name}: {found}")
+            self._note(cell, found)
             return
         reason = f"exit code {code}; the end of {cell.log}:"
         if code == 0:
@@ -183,7 +201,14 @@ class Grid:
                 "it left no result, as where --trainer.val_check_interval lets it end without a "
                 f"validation; to run it anew, delete {cell.folder}. {cell.log} ends:"
             )
-        self.failures[cell.name] = [reason, *attempt.last_lines()]
+        self._fail(cell, reason, *attempt.last_lines())
+
+    def _note(self, cell: Cell, found: Found, how: str = "") -> None:
+        self.finished[cell] = found
+        self.say(f"{cell.name}: {how}{found}")
+
+    def _fail(self, cell: Cell, *reason: str) -> None:
+        self.failures[cell.name] = list(reason)
         self.say(f"{cell.name}: failed, see below")
 
     def status(self) -> tuple[str, float]:
@@ -217,11 +242,11 @@ def show_progress(console: Console) -> Iterator[Callable[[str, float], None]]:
         yield show
 
 
-def table(configs: Configs) -> Table:
+def table(cells: Iterable[Cell], finished: Mapping[Cell, Found]) -> Table:
     """Returns mean and spread over the seeds that have finished, for each setting."""
     scores: dict[str, list[float]] = {}
-    for cell, config in configs.items():
-        miou = cell.find(config).miou
+    for cell in cells:
+        miou = finished.get(cell, Found()).miou
         scores.setdefault(cell.setting, []).extend([] if miou is None else [100 * miou])
     table = Table(title="val mIoU % at the end, over seeds", title_justify="left")
     for name in ("setting", "seeds", "mean", "std", "against base", "each"):
@@ -270,7 +295,7 @@ def main(args: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on: python scripts/ablate.py {shlex.join(args)}")
         return 130
-    console.print(table(configs))
+    console.print(table(configs, grid.finished))
     for name, lines in grid.failures.items():
         print(f"{name} has not finished: " + "\n  ".join(lines))
     print(f"report: python scripts/report.py {options.output} --output {options.output}/report")

@@ -287,6 +287,8 @@ def _network_call(
         network = fuse_for_inference(network, dtype) if mode == "inference" else network
         network = network.to(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
+    elif mode == "inference":
+        network = network.to(dtype)  # once, as ours is, and not at each call
     network.train(mode == "training")
     mixed = torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
 

@@ -22,6 +22,7 @@ from isanet_pl.callbacks.run_config import flatten
 from isanet_pl.cli import main as isanet_pl_main
 from isanet_pl.errors import InputError
 from isanet_pl.resume import find_run
+from isanet_pl.run_folder import run_folders
 
 STEP = re.compile(rb"^step (\d+)/(\d+) ", re.MULTILINE)
 """A line of progress in the log of a run."""
@@ -123,7 +124,7 @@ class Cell:
         Raises:
             InputError: A run was made with another config, or its checkpoints are damaged.
         """
-        for run in sorted(self.folder.glob("version_*")):
+        for run in run_folders(self.folder):
             result = _result_of_fit(run)
             if result is not None:
                 self._check_same(run, config)
@@ -178,6 +179,11 @@ class Attempt:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise CellInUse from None
+            except OSError as error:
+                raise InputError(
+                    f"cannot lock {cell.log}, which keeps two processes off one run: "
+                    f"{error.strerror}; choose an --output on a file system with locks"
+                ) from error
             self.found = cell.find(config)
             if self.found.finished:
                 return

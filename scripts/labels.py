@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resumed_runs import name_of
+
 Config = Mapping[str, Any]
 """A config by dotted key."""
 
@@ -40,7 +42,7 @@ NO_DIFFERENCE = (
 )
 """Keys, and what keys begin with, that change nothing of what a network learns."""
 PATHS = ("data.root", "model.network.weights_path")
-"""Compared by their last part: the same data lie elsewhere on another machine."""
+"""Compared by their ends: the same data lie elsewhere on another machine."""
 OF_EVALUATION = (
     "data.root",
     "data.base_size",
@@ -72,28 +74,38 @@ class Kind:
     name: str
 
 
-def find_kind(config: Config, folder: Path, trained: Config | None, weights: str) -> Kind:
+def find_kind(
+    config: Config, folder: Path, trained: Config | None = None, weights: str = "", start: str = ""
+) -> Kind:
     """Returns what a run is told from others by.
 
     Args:
         config: Of the run.
         folder: Of the training that it is, or that it evaluates.
         trained: The config of that training; None if it is not known.
-        weights: What an evaluation evaluates, or a training started from; empty for a training
+        weights: What an evaluation evaluates; empty for a training.
+        start: The checkpoint of another training that the training started from; empty for one
             from scratch, resumed or not.
     """
     if trained is not None and weights:
         kept = {key: value for key, value in trained.items() if not starts(key, OF_EVALUATION)}
         config = kept | {key: v for key, v in config.items() if starts(key, OF_EVALUATION)}
     own = {
-        key: Path(str(value)).name if key in PATHS and value is not None else value
+        key: _end_of(Path(str(value))) if key in PATHS and value is not None else value
         for key, value in config.items()
         if not starts(key, NO_DIFFERENCE)
     }
     if weights:
         own["checkpoint"] = weights
-    cell = folder.parents[1].name if folder.parent.name.startswith("seed") else ""
-    return Kind(own, cell, folder.parent.name)
+    if start:
+        own["start"] = start
+    return Kind(own, *name_of(folder))
+
+
+def _end_of(path: Path) -> str:
+    """Returns what a path is compared by; all checkpoints of this project have the same name."""
+    of_a_run = path.parent.name == "checkpoints"
+    return "/".join(path.parts[-4:]) if of_a_run else path.name
 
 
 def starts(key: str, beginnings: Sequence[str]) -> bool:
@@ -138,7 +150,7 @@ def _label(kinds: Sequence[Kind]) -> list[str]:
 
 
 def _is_place(part: str) -> bool:
-    return part.startswith("checkpoint=") and "/" in part
+    return part.startswith(("checkpoint=", "start=")) and "/" in part
 
 
 def find_differences(configs: Sequence[Config]) -> list[list[str]]:

@@ -10,7 +10,7 @@ from typing import Any
 from labels import NO_DIFFERENCE, starts
 from report_page import Cell, Table
 from report_tables import mean_time, number, spread
-from resumed_runs import owner
+from resumed_runs import is_of, owner
 from run_folders import Run, natural
 from settings import Comparison, statistic
 
@@ -69,8 +69,13 @@ def read_options(command: str) -> list[tuple[str, str]]:
     return options
 
 
-def find_label(command: str) -> str:
-    """Returns the configs of a training, and the options that change it."""
+def find_label(command: str, folder: Path) -> str:
+    """Returns the configs of a training, the options that change it, and another as its start.
+
+    Args:
+        command: Of the training.
+        folder: Of its run.
+    """
     options = read_options(command)
     configs = [
         # What a run has saved is called config.yaml in each run folder.
@@ -83,14 +88,22 @@ def find_label(command: str) -> str:
         for name, value in options
         if name not in UNTOLD and not starts(name, NO_DIFFERENCE)
     ]
-    return ", ".join([" + ".join(configs), *changes])
+    *_, start = find_start(command, folder)
+    return ", ".join([" + ".join(configs), *changes, *([f"from {start}"] if start else [])])
 
 
-def find_start(command: str) -> tuple[str | None, ...]:
-    """Returns the weights that a training started from."""
+def find_start(command: str, folder: Path) -> tuple[str | None, ...]:
+    """Returns the weights that a training started from, the checkpoint of another one last.
+
+    Args:
+        command: Of the training.
+        folder: Of its run.
+    """
     options = dict(read_options(command))
     names = ("model.network.weights_path", "model.network.pretrained")
-    return tuple(options.get(name) for name in names)
+    checkpoint = options.get("ckpt_path")
+    other = checkpoint if checkpoint and not is_of(checkpoint, folder) else None
+    return *(options.get(name) for name in names), other
 
 
 def find_column(split: str, config: Mapping[str, Any], trained: Mapping[str, Any]) -> str | None:
@@ -133,7 +146,7 @@ def find_trainings(comparisons: Sequence[Comparison]) -> list[Training]:
     trainings: dict[Path, Training] = {}
     for comparison, run, seed in _runs(comparisons, ("fit",)):
         assert run.result is not None
-        training = Training(find_label(run.result.command), run, seed, {})
+        training = Training(find_label(run.result.command, run.folder), run, seed, {})
         known = trainings.setdefault(run.folder, training)  # several names may keep the same one
         if known.run.result != run.result:
             raise InputError(
@@ -196,7 +209,7 @@ def overview_table(
     repeats: Counter[tuple[Any, ...]] = Counter()
     for training in find_trainings(comparisons):
         assert training.run.result is not None
-        start = find_start(training.run.result.command)
+        start = find_start(training.run.result.command, training.run.folder)
         way = (training.label, training.step or training.run.result.step, start)
         # The same training once more, on another machine say, is no other seed.
         again = repeats[way, training.seed]

@@ -40,6 +40,18 @@ def owner(checkpoint: str | None, runs: Iterable[Run]) -> Run | None:
     return best[0] if most[0] >= least and len(best) == 1 else None
 
 
+def name_of(folder: Path) -> tuple[str, str]:
+    """Returns the folder of the cell of a grid that a run is of, empty if of none, and its name."""
+    cell = folder.parents[1].name if folder.parent.name.startswith("seed") else ""
+    return cell, folder.parent.name
+
+
+def is_of(checkpoint: str, folder: Path) -> bool:
+    """Returns whether a checkpoint is of a run of the same name as one in a folder."""
+    home = Path(checkpoint).absolute().parent.parent
+    return name_of(home) == name_of(folder.absolute())
+
+
 def join_resumed(runs: Sequence[Run]) -> list[Run]:
     """Returns the runs, a resumed training as one; a finished one stays what it is as well.
 
@@ -82,6 +94,7 @@ def continue_run(first: Run, then: Run) -> Run:
     return replace(
         then,
         folders=first.folders + then.folders,
+        earlier=(*first.earlier, first.config, *then.earlier),
         curves={name: curve for name, curve in curves.items() if curve},
         seconds=sum(known) if known else None,
         all_seconds=len(known) == 2 and then.all_seconds,

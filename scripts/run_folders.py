@@ -47,6 +47,7 @@ class Run:
         curves: What was logged, by name.
         seconds: Of all folders; None if nothing is known.
         all_seconds: Whether that is surely all: a process that was killed leaves no time.
+        earlier: Configs of the folders before the last.
     """
 
     folders: tuple[Path, ...]
@@ -56,6 +57,7 @@ class Run:
     curves: Mapping[str, Curve]
     seconds: float | None
     all_seconds: bool = True
+    earlier: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def folder(self) -> Path:

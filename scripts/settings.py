@@ -4,11 +4,21 @@ import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
-from labels import PATHS, Kind, find_differences, find_kind, find_labels
+from labels import (
+    OF_EVALUATION,
+    PATHS,
+    Config,
+    Kind,
+    find_differences,
+    find_kind,
+    find_labels,
+    starts,
+)
 from report_page import slug
-from resumed_runs import owner
+from resumed_runs import is_of, owner
 from run_folders import Curve, Run, natural
 
 COMMANDS = ("fit", "validate", "test")
@@ -107,6 +117,7 @@ class Comparison:
 @dataclass
 class _Group:
     kind: Kind
+    first: tuple[Run, Run]
     runs: dict[str, Run] = field(default_factory=dict)
 
 
@@ -198,9 +209,9 @@ def find_settings(
         }
         # Paths are compared by their ends: the cells of a grid differ even where these do not.
         key = json.dumps([kind.cell, chosen], sort_keys=True, default=str)
-        group = groups.setdefault(key, _Group(kind))
-        if group.runs and group.kind.name != kind.name:  # one run on two machines has one name
-            problems.extend(_other_places(next(iter(group.runs.values())), run))
+        group = groups.setdefault(key, _Group(kind, (run, training)))
+        if group.kind.name != kind.name:  # one run on two machines has one name
+            problems.extend(_other_places(group.first, (run, training)))
         same = group.runs
         seed = training.config.get("seed_everything")
         name = str(seed) if type(seed) is int else str(training.folder)
@@ -221,14 +232,20 @@ def find_settings(
     ]
 
 
-def _other_places(first: Run, run: Run) -> Iterator[str]:
-    """Yields a line for each path that two runs of one setting have in different places."""
+def _other_places(first: tuple[Run, Run], then: tuple[Run, Run]) -> Iterator[str]:
+    """Yields a line for each path that two runs of one setting have in different places.
+
+    Args:
+        first: A run, and the training that it is or evaluates.
+        then: The other one.
+    """
     for key in PATHS:
-        places = [str(other.config.get(key)) for other in (first, run)]
+        chosen = 0 if starts(key, OF_EVALUATION) else 1
+        places = [str(pair[chosen].config.get(key)) for pair in (first, then)]
         if places[0] != places[1]:
             yield (
-                f"{run.folder} counts as another seed of {first.folder}, though {key} is "
-                f"{places[1]} and not {places[0]}: only the last parts of paths are compared"
+                f"{then[0].folder} counts as another seed of {first[0].folder}, though {key} is "
+                f"{places[1]} and not {places[0]}: only the ends of paths are compared"
             )
 
 
@@ -243,16 +260,31 @@ def _identify(run: Run, runs: Sequence[Run]) -> tuple[Run, Kind]:
     checkpoint = str(run.config.get("ckpt_path"))
     training = owner(run.config.get("ckpt_path"), runs)
     if run.command == "fit":
-        resumed = training is None or _only_longer(training, run)
-        return run, find_kind(run.config, run.folder, None, "" if resumed else checkpoint)
+        return run, find_kind(run.config, run.folder, start=_find_start(run))
     if training is None:
-        return run, find_kind(run.config, run.folder, None, checkpoint)
-    weights = Path(checkpoint).name
-    return training, find_kind(run.config, training.folder, training.config, weights)
+        return run, find_kind(run.config, run.folder, weights=checkpoint)
+    weights, start = Path(checkpoint).name, _find_start(training)
+    return training, find_kind(run.config, training.folder, training.config, weights, start)
 
 
-def _only_longer(first: Run, then: Run) -> bool:
-    """Returns whether a run that goes on from another one is the same training, or more of it."""
-    kinds = [find_kind(run.config, then.folder, None, "").config for run in (first, then)]
+def _find_start(run: Run) -> str:
+    """Returns the checkpoint of another training that a training started from; empty if none."""
+    configs = [*run.earlier, run.config]
+    for before, after in reversed(list(pairwise(configs))):
+        if not _only_longer(before, run):
+            return str(after.get("ckpt_path"))
+    # Of a training that is not among the runs, the name tells whether this is more of it.
+    first = configs[0].get("ckpt_path")
+    return str(first) if first and not is_of(str(first), run.folders[0]) else ""
+
+
+def _only_longer(first: Config, then: Run) -> bool:
+    """Returns whether a run that goes on from another one is the same training, or more of it.
+
+    Args:
+        first: Config of the other one.
+        then: The run.
+    """
+    kinds = [find_kind(config, then.folder).config for config in (first, then.config)]
     keys = {key for kind in kinds for key in kind} - {"trainer.max_steps", "trainer.max_epochs"}
     return all(kinds[0].get(key) == kinds[1].get(key) for key in keys)

@@ -20,6 +20,8 @@ from test_cli import TINY
 from test_readme import COMMANDS, ROOT
 from wandb_file import RunFile
 
+from isanet_pl.errors import InputError
+
 SCRIPT = ROOT / "scripts" / "ablate.py"
 OVERLAYS = ROOT / "configs" / "ablation"
 NONE = OVERLAYS / "context_none.yaml"
@@ -317,17 +319,44 @@ def test_several_runs_share_the_machine(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)))
-    assert share_of_machine(1, jobs=4) == {"OMP_NUM_THREADS": "2"}
-    assert share_of_machine(0, jobs=1) == {}
+    trainer = {"accelerator": "auto", "devices": "auto"}
+    assert share_of_machine(1, 4, trainer) == {"OMP_NUM_THREADS": "2"}
+    assert share_of_machine(0, 1, trainer) == {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    devices = [share_of_machine(slot, jobs=3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    devices = [share_of_machine(slot, 3, trainer)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
     assert devices == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert share_of_machine(1, jobs=2) == {"CUDA_VISIBLE_DEVICES": "5"}
+    assert share_of_machine(1, 2, trainer) == {"CUDA_VISIBLE_DEVICES": "5"}
     # One run at a time trains on one GPU as well: a batch stays what the config says.
-    assert share_of_machine(0, jobs=1) == {"CUDA_VISIBLE_DEVICES": "3"}
+    assert share_of_machine(0, 1, trainer) == {"CUDA_VISIBLE_DEVICES": "3"}
+    # Beside GPUs, runs on the CPU share its cores.
+    on_cpu = {**trainer, "accelerator": "cpu"}
+    assert share_of_machine(1, 4, on_cpu) == {"OMP_NUM_THREADS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("devices", "jobs", "expected"),
+    [
+        (2, 2, ["0,1", "2,3"]),
+        ("2", 3, ["0,1", "2,3", "0,1"]),
+        (3, 2, ["0,1,2"] * 2),
+        (8, 1, ["0,1,2,3,4"]),  # Lightning will tell
+        ([1, 2], 2, [None] * 2),
+        ("1,2", 2, [None] * 2),
+        (-1, 1, [None]),
+    ],
+)
+def test_runs_on_several_gpus_get_different_ones(monkeypatch, devices, jobs, expected):
+    from ablate import share_of_machine
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    trainer = {"accelerator": "gpu", "devices": devices}
+    shares = [share_of_machine(slot, jobs, trainer) for slot in range(jobs)]
+    assert [share.get("CUDA_VISIBLE_DEVICES") for share in shares] == expected
 
 
 class Recorder:
@@ -353,7 +382,7 @@ class Recorder:
 
 @pytest.mark.parametrize(
     ("devices", "expected"),
-    [("auto", ["0", "1", "0", "1"]), (1, ["0", "1", "0", "1"]), (2, [None] * 4)],
+    [("auto", ["0", "1", "0", "1"]), (1, ["0", "1", "0", "1"]), (2, ["0,1"] * 4)],
 )
 def test_each_run_gets_the_gpu_of_its_slot(tmp_path, monkeypatch, devices, expected):
     import ablate
@@ -366,13 +395,37 @@ def test_each_run_gets_the_gpu_of_its_slot(tmp_path, monkeypatch, devices, expec
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(Recorder, "started", [])
-    config = {"trainer": {"devices": devices}}
+    config = {"trainer": {"accelerator": "auto", "devices": devices}}
     cells = {Cell("base", seed, tmp_path, ()): config for seed in range(4)}
     grid = ablate.Grid(cells, 2, lambda line: None)
     grid.run(lambda text, share: None)
     assert [seed for seed, _ in Recorder.started] == [0, 1, 2, 3]
     assert [share.get("CUDA_VISIBLE_DEVICES") for _, share in Recorder.started] == expected
     assert len(grid.failures) == 4  # none left a result
+
+
+def test_a_cell_that_is_edited_while_the_grid_runs_stops_no_other(tmp_path, monkeypatch, capsys):
+    import ablate
+    from cells import Cell, Found
+
+    def find(cell, config):
+        if Recorder.started and cell.seed == 1:
+            raise InputError("version_0 was run with another config than base/seed1 has now")
+        return Found(finished=len(Recorder.started) == 3, miou=0.5)
+
+    monkeypatch.setattr(ablate, "Attempt", Recorder)
+    monkeypatch.setattr(ablate, "stop", list)
+    monkeypatch.setattr(ablate, "POLL_SECONDS", 0)
+    monkeypatch.setattr(Recorder, "started", [])
+    monkeypatch.setattr(Recorder, "exit_code", lambda self: 0)
+    monkeypatch.setattr(Cell, "resolve", lambda self: {"trainer": {"accelerator": "cpu"}})
+    monkeypatch.setattr(Cell, "find", find)
+    (tmp_path / "base.yaml").touch()
+    arguments = ["--config", str(tmp_path / "base.yaml"), "--output", str(tmp_path / "runs")]
+    assert ablate.main([*arguments, "--jobs", "3"]) == 1
+    out = capsys.readouterr().out
+    assert "base/seed1 has not finished: version_0 was run with another config" in out
+    assert re.search(r"│ base +│ +2 │ 50.00 │", out)
 
 
 # Stands in for isanet-pl: tells its process and environment, and ends only when it is killed.

@@ -435,14 +435,53 @@ def test_a_part_of_a_split_is_another_evaluation(tmp_path):
     assert problems == []
 
 
-def test_a_training_that_starts_from_another_one_is_another_setting(tmp_path):
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("start", ["finished", "killed", "not given"])
+def test_a_training_that_starts_from_another_one_is_another_setting(tmp_path, start, seed):
     coarse = {"data.init_args.coarse": True}
-    start = write_run(tmp_path / "coarse" / "version_0", 0.4, steps=(10,), config=coarse)
-    config = {"ckpt_path": str(start / "checkpoints" / "last.ckpt")}
+    miou = 0.4 if start == "finished" else None
+    first = write_run(tmp_path / "coarse" / "version_0", miou, steps=(10,), config=coarse)
+    config = {"ckpt_path": str(first / "checkpoints" / "last.ckpt")}
     write_run(tmp_path / "after" / "version_0", 0.6, steps=(20,), config=config)
-    write_run(tmp_path / "scratch" / "version_0", 0.5, steps=(20,))
+    write_run(tmp_path / "scratch" / "version_0", 0.5, seed, steps=(20,))
+    for name, score in (("after", 0.3), ("scratch", 0.2)):
+        last = {"ckpt_path": str(tmp_path / name / "version_0" / "checkpoints" / "last.ckpt")}
+        folder = tmp_path / f"{name}_test" / "version_0"
+        write_run(folder, score, command="test", config=last)
+    names = ["after", "scratch", "after_test", "scratch_test"]
+    places = [tmp_path / name for name in names] if start == "not given" else [tmp_path]
+    (trained, tested), problems = compared(*places)
+    assert [s.miou.mean for s in trained.settings] == [0.6, 0.5, *[0.4] * (start == "finished")]
+    assert [s.miou.mean for s in tested.settings] == [0.3, 0.2]
+    assert problems == []
+
+
+def test_a_run_that_is_resumed_from_a_run_that_is_not_given_is_no_other_setting(tmp_path):
+    gone = {"ckpt_path": "elsewhere/a/version_0/checkpoints/last.ckpt"}
+    write_run(tmp_path / "a" / "version_1", 0.6, config=gone)
+    write_run(tmp_path / "b" / "version_0", 0.5, seed=1)
+    (comparison,), _ = compared(tmp_path)
+    assert [sorted(setting.runs) for setting in comparison.settings] == [["0", "1"]]
+
+
+def test_trainings_that_took_the_weights_of_different_runs_are_two_settings(tmp_path):
+    for place in ("ade", "cityscapes"):
+        weights = {"model.network.weights_path": f"runs/{place}/version_0/checkpoints/best.ckpt"}
+        write_run(tmp_path / f"from_{place}" / "version_0", 0.5, config=weights)
     (comparison,), problems = compared(tmp_path)
-    assert [s.miou.mean for s in comparison.settings] == [0.6, 0.5, 0.4]
+    assert len(comparison.settings) == 2
+    assert problems == []
+
+
+def test_weights_are_told_apart_by_the_trainings_and_not_by_their_evaluations(tmp_path):
+    weights = {"model.network.weights_path": "weights/r18.pth"}
+    for seed in (0, 1):
+        run = write_run(tmp_path / f"a{seed}" / "version_0", 0.5, seed, config=weights)
+        config = {"ckpt_path": str(run / "checkpoints" / "last.ckpt")}
+        config |= weights if seed else {}  # the other one with the checkpoint's own config
+        write_run(tmp_path / f"test{seed}" / "version_0", 0.4, command="test", config=config)
+    (_, tested), problems = compared(tmp_path)
+    assert [sorted(setting.runs) for setting in tested.settings] == [["0", "1"]]
     assert problems == []
 
 

@@ -222,6 +222,23 @@ def test_the_overview_names_what_changes_the_training(place):
     assert row["training"] == "isa, data.flip=false"
 
 
+def test_a_training_that_starts_from_another_one_has_a_row_of_its_own(place):
+    starts = (
+        "runs/coarse/version_0/checkpoints/last.ckpt",
+        "runs/fine/version_0/checkpoints/a.ckpt",
+    )
+    for seed, start in enumerate((None, *starts)):  # the last one is only resumed
+        options = "--config a/isa.yaml" + (f" --ckpt_path {start}" if start else "")
+        config = {"ckpt_path": start} if start else {}
+        folder = place / "runs" / "fine" / f"version_{seed}"
+        write_run(folder, 0.5 + seed / 10, seed, config=config, options=options)
+    found = {(row["training"], row["n"], row["val"]) for row in overview_of(place)}
+    assert found == {
+        ("isa", "2", "**60.00 ± 14.14**"),
+        (f"isa, from {starts[0]}", "1", "**60.00**"),
+    }
+
+
 def test_the_overview_gives_the_mean_time(place):
     for seed, seconds in enumerate((60, 180)):
         folder = write_run(place / "runs" / f"seed{seed}", 0.5, seed, options="--config a")
