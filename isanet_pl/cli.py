@@ -188,6 +188,15 @@ class SegmentationCLI(LightningCLI):
             # First our own, which says where the run folder is.
             kwargs["logger"] = [*self._loggers(config), *more]
         trainer = super().instantiate_trainer(**kwargs)
+        rank = getattr(rank_zero_only, "rank", 0)
+        if trainer.world_size == 1 and rank > 0:
+            # Each would train for itself, and all but the first in a folder that is not theirs.
+            raise InputError(
+                f"a launcher has started this process as number {rank} of several, but "
+                f"--trainer.devices {config.trainer.devices} --trainer.num_nodes "
+                f"{config.trainer.num_nodes} are a single one: give as many devices as a machine "
+                "has processes"
+            )
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if (
@@ -330,6 +339,8 @@ def _build_and_run(args: ArgsType, run: bool) -> SegmentationCLI:
         seed_everything_default=0,
         trainer_defaults={
             "callbacks": [ResultTable(), ClassScores(), RankWatch()],
+            # Not all that there are: a step would see as many times the images of the recipe.
+            "devices": 1,
             "log_every_n_steps": 10,
             "max_epochs": -1,
         },

@@ -22,6 +22,9 @@ OUT_OF_MEMORY = (
 )
 """What PyTorch says, of CPUs and GPUs, when memory does not suffice."""
 
+UNREACHED = torch.distributed.DistNetworkError, torch.distributed.DistStoreError
+"""What PyTorch raises where one process waits for another that does not answer."""
+
 SLIDING = "--model.inference.mode slide --model.inference.crop_size '[512, 512]'"
 """What takes less memory in evaluation."""
 
@@ -46,6 +49,12 @@ def explain(error: Exception) -> InputError | None:
         error, "lightning"
     ):
         return InputError(str(error).strip())  # it refuses one of its own options
+    if isinstance(error, UNREACHED):
+        return InputError(
+            "the processes of this run cannot reach each other: at its start, another run may use "
+            "the same MASTER_PORT, or a machine may not have started; later, one has died, and "
+            f"{HINT}\n  ({str(error).strip()})"
+        )
     if isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     ):
@@ -136,6 +145,8 @@ def _less_for_training(config: Any) -> list[str]:
     options.append(f"--data.crop_size '{[side // 4 * 3 for side in crop]}' (now {crop})")
     if "mixed" not in str(config.trainer.precision):
         options.append("--trainer.precision bf16-mixed")
+    if network.context == "isa" and not network.recompute:
+        options.append("--model.network.recompute true")
     if network.form == "direct" and not network.classify_before_upsampling:
         options.append("--model.network.classify_before_upsampling true")
     return options

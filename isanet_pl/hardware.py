@@ -51,7 +51,7 @@ def precision_in_hardware(wanted: str, device: torch.device) -> str:
 def _has_bfloat16(device: torch.device) -> bool:
     """Returns whether a device has instructions for bfloat16; True where PyTorch cannot tell."""
     if device.type == "cuda":  # from Ampere on
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
     if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # newer than torch 2.8
         return True
     found = torch.cpu.get_capabilities()

@@ -25,6 +25,10 @@ HIDDEN = {
     r"It is recommended to use `Trainer\(devices=1": (
         "pytorch/trainer/connectors/data_connector.py"
     ),
+    # Scores are: the confusion matrix is summed over all processes before they are computed.
+    r"It is recommended to use `self\.log\(.*sync_dist=True": (
+        "pytorch/trainer/connectors/logger_connector/result.py"
+    ),
     # Only `fit` keeps an average up, and refuses to drop it.
     r"Be aware that when using `ckpt_path`.*\['ExponentialAverage'\]": "pytorch/trainer/call.py",
     # A run that is resumed: its loader goes on where it was, and its files stay. Where runs have no

@@ -225,10 +225,11 @@ class SegmentationModule(pl.LightningModule):
 
     def _stop(self, reason: str) -> None:
         seen = f" on {', '.join(self.seen)}" if self.seen else ""
+        half = self.trainer.precision == "16-mixed"
         raise InputError(
             f"training stopped at step {self.global_step}: {reason}{seen}. "
             "Nothing of it is saved, and earlier checkpoints are kept. Try a lower learning rate, "
-            "--trainer.gradient_clip_val 5, a warm-up, or precision bf16-mixed"
+            f"--trainer.gradient_clip_val 5, a warm-up{', or precision bf16-mixed' * half}"
         )
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
@@ -393,15 +394,22 @@ class SegmentationModule(pl.LightningModule):
         differences are told by `RunConfig`.)
 
         Raises:
-            InputError: Classes or network of the checkpoint differ from this module's.
+            InputError: Classes or network of the checkpoint differ from this module's, or training
+                cannot go on from it.
         """
+        trainer = self._trainer
+        fits = trainer is not None and trainer.state.fn == "fit"
+        if trainer and fits and "optimizer_states" not in checkpoint:
+            raise InputError(
+                f"{trainer.ckpt_path} holds weights alone, no run to go on with: train them "
+                "further with --model.network.weights_path instead of --ckpt_path"
+            )
         check_agreement(checkpoint, self.network.arguments, self.class_names, self.state_dict())
         self.network.loaded = frozenset(checkpoint.get("pretrained_names", ()))
         self.loaded_step = int(checkpoint.get("global_step", 0))
         saved = checkpoint.get("hyper_parameters", {}).get("inference", {})
         differences = different_views(saved, dataclasses.asdict(self.inference))
-        trainer = self._trainer
-        if differences and trainer and trainer.is_global_zero and trainer.state.fn != "fit":
+        if differences and trainer and trainer.is_global_zero and not fits:
             log.info(
                 "images are seen otherwise than by the checkpoint's own settings:\n  %s",
                 "\n  ".join(differences),

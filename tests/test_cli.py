@@ -9,17 +9,21 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from rich.console import Console
 
 from isanet_pl import __version__
-from isanet_pl.callbacks.results import _table
+from isanet_pl.callbacks import results
+from isanet_pl.callbacks.results import ResultTable, _table
 from isanet_pl.cli import main
 from isanet_pl.errors import InputError
 from isanet_pl.inference import Inference
@@ -345,10 +349,44 @@ def test_a_trained_network_is_trained_further_on_other_classes(trained, tmp_path
 
 def test_weights_alone_are_no_run_to_go_on_with(trained, tmp_path):
     content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
-    del content["optimizer_states"]
+    # As Lightning's `save_weights_only` leaves it, and scripts/convert_checkpoint.py.
+    del content["optimizer_states"], content["callbacks"], content["lr_schedulers"]
     torch.save(content, tmp_path / "weights.ckpt")
     with pytest.raises(InputError, match=r"weights alone.*--model\.network\.weights_path"):
         run("fit", trained / "config.yaml", tmp_path, "--ckpt_path", tmp_path / "weights.ckpt")
+    assert not (tmp_path / "runs" / "tiny" / "version_0").exists()
+
+
+def test_processes_of_a_launcher_that_are_not_asked_for_are_refused(
+    trained, tiny, tmp_path, monkeypatch
+):
+    shutil.copytree(trained.parent, tmp_path / "runs" / "tiny")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as by torchrun --nproc_per_node 2
+    with pytest.raises(InputError, match=r"number 1 of several, but --trainer\.devices 1"):
+        run("fit", tiny, tmp_path)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+
+
+def test_one_device_is_taken_where_nothing_else_is_said(trained):
+    assert yaml.safe_load((trained / "config.yaml").read_text())["trainer"]["devices"] == 1
+
+
+def test_the_machine_of_a_fit_is_what_it_ran_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "describe_machine", lambda device, count: f"{count}x {device}")
+    (tmp_path / "run" / "version_0").mkdir(parents=True)
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device="cuda:1"), world_size=2, global_step=4,
+        loggers=[CSVLogger(tmp_path, "run", "version_0")], fast_dev_run=False,
+    )  # fmt: skip
+    module = torch.nn.Linear(1, 1)
+    module.device = "cpu"  # where Lightning brings a module back to before a fit's end
+    module.network = None
+    table = ResultTable()
+    table.scores = {"miou": 0.5, "macc": 0.5, "aacc": 0.5}
+    table.on_fit_end(trainer, module)
+    record = json.loads((tmp_path / "run" / "version_0" / "results.json").read_text())
+    assert record["machine"] == "2x cuda:1"
 
 
 def test_pretrained_weights_are_not_needed_once_there_is_a_checkpoint(trained, tmp_path):

@@ -225,12 +225,14 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_with_another_number(
         assert not any(map(is_running, pids))
     message = (tmp_path / "said").read_text()
     assert "--resume true" in message
-    assert re.search(f"rank {dies} (was killed|has died)|connection to another", message)
+    assert re.search(
+        f"rank {dies} (was killed|has died)|connection to another|cannot reach each other", message
+    )
     assert not (run_folder / "results.json").exists()
 
     caplog.set_level("INFO", "isanet_pl")
     assert fit_alone(folder, name, "--resume", "true") == run_folder
-    assert "data.init_args.batch_size: 2 before, now 4" in caplog.text
+    assert "data.batch_size: 2 before, now 4" in caplog.text
     assert "trainer.devices: 2 before, now 1" in caplog.text
     assert_same_weights(run_folder, alone)
     assert (run_folder / "confusion_val.csv").read_text() == (

@@ -67,11 +67,9 @@ def test_a_cpu_that_would_emulate_bfloat16_takes_fp32(found, precision, monkeypa
 
 @pytest.mark.parametrize(("major", "precision"), [(7, "16-mixed"), (8, "bf16-mixed")])
 def test_a_gpu_that_would_emulate_bfloat16_takes_fp16(major, precision, monkeypatch):
-    monkeypatch.setattr(
-        torch.cuda,
-        "is_bf16_supported",
-        lambda including_emulation: including_emulation or major > 7,
-    )
+    # Of the device that is asked for; another one may be the current one.
+    capability = {GPU: (major, 5), torch.device("cuda:0"): (15 - major, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability.get)
     assert precision_in_hardware("bf16-mixed", GPU) == precision
     assert precision_in_hardware("16-mixed", GPU) == "16-mixed"
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from conftest import fails_naming, make_scene
 from PIL import Image
 
+from isanet_pl.callbacks.predictions import PredictionWriter
 from isanet_pl.callbacks.progress import Progress
 from isanet_pl.checkpoints import with_config_of_checkpoint
 from isanet_pl.cli import main
@@ -98,6 +100,24 @@ def plain(settings):
 
 
 # What is written
+
+
+def test_a_prediction_that_is_told_to_end_goes_on_later(checkpoint, photos, tmp_path, monkeypatch):
+    save = PredictionWriter._save
+
+    def told_to_end_after_the_first_mask(self, name, content):
+        save(self, name, content)
+        if name.startswith("masks/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(PredictionWriter, "_save", told_to_end_after_the_first_mask)
+    with pytest.raises(SystemExit) as stop:
+        predict(checkpoint, photos, tmp_path / "out")
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert files(tmp_path / "out" / "masks") == ["a.png"]
+    monkeypatch.setattr(PredictionWriter, "_save", save)
+    predict(checkpoint, photos, tmp_path / "out")
+    assert len(files(tmp_path / "out" / "masks")) == 4
 
 
 def test_a_checkpoint_alone_segments_a_folder(checkpoint, photos, tmp_path, monkeypatch):

@@ -30,6 +30,13 @@ TERMINATED = 128 + signal.SIGTERM
 """Exit code of a process that SIGTERM has ended, by convention."""
 
 
+def terminated(trainer: pl.Trainer) -> SIGTERMException:
+    """Returns what ends this process as SIGTERM has asked for."""
+    # Lightning kills the first process within seconds of any other's that ends with an error,
+    # however much it has yet to do, such as an upload.
+    return SIGTERMException(TERMINATED if trainer.is_global_zero else 0)
+
+
 def random_state() -> dict[str, Any]:
     """Returns the states of this process's random numbers, in types that a checkpoint may hold."""
     numpy_state: Any = np.random.get_state()  # noqa: NPY002  # the one that everyone shares
@@ -109,16 +116,11 @@ class LastCheckpoint(Checkpoint):
         """Refuses what training cannot go on from; knows the best checkpoint of a moved run.
 
         Raises:
-            InputError: The checkpoint holds no state of an optimiser, or of another one; or an
-                average of the weights, which would be lost.
+            InputError: The checkpoint holds the state of another optimiser, or an average of the
+                weights, which would be lost.
         """
         if trainer.state.fn != "fit":
             return
-        if "optimizer_states" not in checkpoint:
-            raise InputError(
-                f"{trainer.ckpt_path} holds weights alone, no run to go on with: train them "
-                "further with --model.network.weights_path instead of --ckpt_path"
-            )
         saved = _optimizer(checkpoint["hyper_parameters"])
         own = _optimizer(pl_module.hparams)
         if saved != own:
@@ -177,7 +179,7 @@ class LastCheckpoint(Checkpoint):
             return
         self._tidy(self._folder(trainer))
         if trainer.received_sigterm:
-            raise SIGTERMException(TERMINATED)
+            raise terminated(trainer)
         if threading.current_thread() is threading.main_thread():  # others may set no handler
             # In the place of Lightning's, which talks to the other processes at once, whatever they
             # are doing, and ends without saving. Lightning puts back what was there before its own.
@@ -233,7 +235,7 @@ class LastCheckpoint(Checkpoint):
                 if self.requeueing
                 else "--resume true goes on from there",
             )
-        raise SIGTERMException(TERMINATED)
+        raise terminated(trainer)
 
     def on_train_batch_end(
         self,

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from isanet_pl.callbacks.last_checkpoint import terminated
 from isanet_pl.checkpoint_io import write_whole
 from isanet_pl.data import Images
 from isanet_pl.errors import InputError
@@ -117,7 +118,11 @@ class PredictionWriter(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Writes the batch."""
+        """Writes the batch.
+
+        Raises:
+            SIGTERMException: The process was asked to end; the same command goes on from here.
+        """
         self.errors += [*batch.get("error", []), *outputs.get("error", [])]
         for i, classes in enumerate(outputs.get("classes", ())):
             name = batch["name"][i]
@@ -129,6 +134,8 @@ class PredictionWriter(pl.Callback):
             mask = self._mask(trainer, pl_module, classes.cpu().numpy().astype(np.uint8))
             self._save(f"masks/{name}.png", _png(mask))
             self.written += 1
+        if trainer.received_sigterm:
+            raise terminated(trainer)
 
     def _mask(
         self, trainer: pl.Trainer, pl_module: Any, classes: npt.NDArray[np.uint8]

@@ -22,11 +22,13 @@ class RankWatch(pl.Callback):
     """Watches the processes that Lightning has started, and these the one that started them.
 
     A process that waits for another in a collective operation of a GPU learns of its death only
-    after half an hour. torchrun and SLURM watch theirs themselves.
+    after half an hour. torchrun watches its own, and so does srun with --kill-on-bad-exit.
     """
 
     def __init__(self) -> None:
         self._ended = False
+        # Now, at the start of the process: the first one may have died by the time of `setup`.
+        self._parent = os.getppid()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Starts to watch."""
@@ -35,7 +37,7 @@ class RankWatch(pl.Callback):
         if trainer.world_size == 1 or not isinstance(environment, LightningEnvironment):
             return
         children = getattr(strategy.launcher, "procs", [])
-        parent = os.getppid() if trainer.local_rank > 0 else None
+        parent = self._parent if trainer.local_rank > 0 else None
         self._ended = False
         arguments = children, parent, lambda: self._ended
         threading.Thread(target=watch, args=arguments, name="rank-watch", daemon=True).start()

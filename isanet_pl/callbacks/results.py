@@ -176,12 +176,13 @@ class ResultTable(pl.Callback):
             return
         folder = None if trainer.fast_dev_run else run_folder(trainer)  # type: ignore[attr-defined]
         if folder is not None:  # first: a run whose table fails has ended all the same
+            device = trainer.strategy.root_device  # the module is back on the CPU at a fit's end
             record = {
                 "command": shlex.join(["isanet-pl", *sys.argv[1:]]),
                 "stage": stage,
                 "step": step,
                 "seconds": round(self.seconds),
-                "machine": describe_machine(pl_module.device, trainer.world_size),
+                "machine": describe_machine(device, trainer.world_size),
                 "torch": torch.__version__,
                 "git": self.code,
                 "parameters": sum(p.numel() for p in pl_module.parameters()) or None,
