@@ -24,8 +24,11 @@ NUMBERED = 30
 
 
 def plain(name: str) -> str:
-    """Returns a name that matplotlib writes as it is: between two `$` would be a formula."""
-    return name.replace("$", r"\$")
+    """Returns a name that matplotlib writes as it is.
+
+    Between two `$` would be a formula, and a file's name that is no UTF-8 could not be written.
+    """
+    return name.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def render(figure: Figure) -> Pixels:

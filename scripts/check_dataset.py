@@ -5,7 +5,7 @@ python scripts/check_dataset.py --config configs/camvid_isanet_r18-d8.yaml --dat
 
 Writes fingerprint.json, contact_sheet.png and classes.png; with --suggest-config FILE also a config
 that suits the data and this machine. Exit codes: 0 for nothing or only warnings, 1 for errors
-(training would fail or learn the wrong thing), 2 for a wrong command line.
+(training or evaluation would fail or be wrong), 2 for a wrong command line.
 """
 
 import argparse
@@ -36,7 +36,8 @@ from isanet_pl.data.dataset import code_table
 from isanet_pl.data.files import Pair
 from isanet_pl.errors import InputError
 
-CHOSEN = ("batch_size", "crop_size", "scale_range", "base_size", "cat_max_ratio", "predict_dir")
+CHOSEN = ("batch_size", "crop_size", "scale_range", "base_size", "cat_max_ratio", "predict_dir",
+          "train_on_val")  # fmt: skip
 """Arguments of the data module that a suggested config chooses itself, or has no use for."""
 LINE_SECONDS = 10
 """Between two lines of progress where there is no terminal."""
@@ -195,6 +196,7 @@ def check(options: Namespace) -> int:
             fingerprint,
             data.eval_batch_size,
             1 if suggested else data.batch_size,  # a suggestion has its own
+            data.train_on_val,
         )
         problems.sort(key=lambda problem: problem.level)
         if fingerprint.splits:
@@ -228,7 +230,7 @@ def facts_of_data(options: Namespace) -> dict[str, Any]:
     given = {
         name: value
         for name, value in options.init_args.items()
-        if name not in CHOSEN and value != known[name].default
+        if name not in CHOSEN and (name not in known or value != known[name].default)
     }
     return {**given, "root": str(Path(options.init_args.root).absolute())}
 

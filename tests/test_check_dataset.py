@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -65,7 +66,8 @@ def find(root, **options):
     data = SegmentationFolder(root=str(root), **options)
     pairs, problems = check_dataset.list_splits(data)
     fingerprint = check_dataset.take_fingerprint(data, pairs, 1, Console(quiet=True))
-    problems += find_problems(fingerprint, data.eval_batch_size)
+    batch = options.get("batch_size", 1)
+    problems += find_problems(fingerprint, data.eval_batch_size, batch, data.train_on_val)
     return [(p.level, p.split, p.message) for p in problems]
 
 
@@ -437,7 +439,10 @@ PLANTED = [
         [("error", split, "(3 in ", "reduce_zero_label") for split in ("train", "val", "test")]
         + [("warning", "train", "never seen", "road")],
     ),
-    (plant_one_class_too_many, [("error", "train", "0 to 3, one value more")]),
+    (
+        plant_one_class_too_many,
+        [("error", "train", "0 to 3, one value more", "label_map '{0: 0, 1: 1, 2: 2, 3: 255}'")],
+    ),
     (
         plant_jpeg,
         [
@@ -505,6 +510,44 @@ def test_what_is_wrong_is_found_and_nothing_else(data_root, plant, expected):
         matching = [m for have, where, m in found if (have, where) == (level, split)]
         assert any(all(word in message for word in words) for message in matching), found
     assert len(found) == len(expected), found
+
+
+def test_advice_knows_what_is_translated_already(data_root):
+    plant_first_class_missing(data_root)  # now masks hold 1, 2 and 255
+    for path in [p for split in ("train", "val") for p in masks_of(data_root, split)]:
+        rewrite(path, lambda p: np.where(np.arange(p.size).reshape(p.shape) % 4, 0, p))
+    translated = {"label_map": {0: 255, 7: 0, 1: 1, 2: 2, 255: 255}}
+    found = {(split, message) for _, split, message in find(data_root, **translated)}
+    assert ("train", "never seen, so never learnt: road") in found  # of code 7
+    shares = [message for _, message in found if "of the pixels are ignored" in message]
+    assert len(shares) == 2
+    assert not any("255" in message for message in shares)
+
+
+def test_a_batch_may_hold_validation_images_where_they_are_trained_on(data_root):
+    def told(**options):
+        return [m for _, _, m in find(data_root, **options) if "fewer than one batch" in m]
+
+    assert told(batch_size=6)[0].startswith("4 images are")
+    assert told(batch_size=6, train_on_val=True) == []
+    assert told(batch_size=9, train_on_val=True)[0].startswith("8 images are")
+
+
+def test_names_that_are_no_utf8_are_told_and_drawn(data_root, tmp_path):
+    name = os.fsdecode(b"m\xfcller.png")
+    for kind in ("images", "masks"):
+        (data_root / "train" / kind / "scene0.png").rename(data_root / "train" / kind / name)
+    truncate(data_root / "train" / "masks" / name)
+    image, mask = make_scene(90, (24, 32), [0, 1, 2])
+    write_pair(data_root, "train", os.fsdecode(b"gr\xfcn"), image, mask)
+    command = [sys.executable, check_dataset.__file__, "--data", "SegmentationFolder"]
+    command += ["--data.root", str(data_root), "--workers", "1"]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=strict)
+    assert done.returncode == 1, done.stderr
+    assert "cannot be read: cannot read train/masks/m?ller.png" in done.stdout.decode()
+    report = tmp_path / "runs" / "dataset_check" / data_root.name
+    assert (report / "contact_sheet.png").is_file()
 
 
 def test_pictures_show_classes_and_wrong_codes(data_root):

@@ -259,6 +259,17 @@ def test_train_on_val_draws_from_both_and_evaluates_as_before(folder, caplog):
     assert caplog.text.count("val scores measure nothing") == 1
 
 
+def test_train_on_val_says_where_test_is_val(folder, caplog):
+    class Public(SegmentationFolder):
+        def list_pairs(self, split):
+            return super().list_pairs("val" if split == "test" else split)
+
+    for kind, said in ((SegmentationFolder, 0), (Public, 1)):
+        caplog.clear()
+        kind(root=str(folder), batch_size=1, train_on_val=True, class_names=NAMES).setup("fit")
+        assert caplog.text.count("val scores and test scores, whose images are the same,") == said
+
+
 def test_train_on_val_needs_space_for_each_image_once(folder, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(DecodedCache, "check_space", lambda self, pairs: asked.extend(pairs))

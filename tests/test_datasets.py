@@ -289,6 +289,16 @@ def test_cityscapes_coarse_comes_on_top_without_the_black_frame(tmp_path):
         data.list_pairs("train")
 
 
+def test_files_of_the_system_are_no_images(tmp_path):
+    root = make_cityscapes(tmp_path)
+    before = build(Cityscapes, root).list_pairs("train")
+    for name in (".ipynb_checkpoints", "@eaDir"):
+        (root / "leftImg8bit" / "train" / name).mkdir()
+    image = before[0][0]
+    image.with_name(f"._{image.name}").write_bytes(b"of macOS")
+    assert build(Cityscapes, root).list_pairs("train") == before
+
+
 def test_cityscapes_wants_every_city_to_have_its_masks(tmp_path):
     root = make_cityscapes(tmp_path)
     (root / "gtFine" / "train" / "bremen").rename(root / "bremen")

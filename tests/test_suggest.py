@@ -20,6 +20,7 @@ from isanet_pl.check.suggest.geometry import attention_cost, choose_window, plan
 from isanet_pl.check.suggest.machine import RECIPES
 from isanet_pl.check.suggest.schedule import choose_batch, plan_schedule
 from isanet_pl.cli import main
+from isanet_pl.data import SegmentationFolder
 from isanet_pl.errors import InputError
 from isanet_pl.losses import SegmentationLoss
 from isanet_pl.models import ISANet
@@ -423,6 +424,24 @@ def test_a_wrong_wish_is_told_before_any_file_is_read(small_root, tmp_path, monk
     assert check(small_root, tmp_path / "file" / "mine.yaml") == 2
     assert f"cannot access {tmp_path / 'file'}" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]  # no report of nothing
+
+
+class Mine(SegmentationFolder):
+    """A data set of a user's own, whose other options are those of its base."""
+
+    def __init__(self, suffix: str = "", **options):
+        super().__init__(**options)
+
+
+def test_a_class_of_ones_own_keeps_its_options(small_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["--data", f"{__name__}.Mine", "--data.root", str(small_root), "--workers", "1"]
+    args += ["--data.class_names", "[road, tree, sky]", "--data.suffix", "x"]
+    assert check_dataset.main([*args, "--suggest-config", "mine.yaml", "--device", "cpu"]) == 0
+    data = yaml.safe_load((tmp_path / "mine.yaml").read_text())["data"]
+    assert data["class_path"] == f"{__name__}.Mine"
+    assert data["init_args"]["class_names"] == ["road", "tree", "sky"]
+    assert data["init_args"]["suffix"] == "x"
 
 
 def test_nothing_is_overwritten(small_root, tmp_path, monkeypatch, capsys):

@@ -56,7 +56,7 @@ class SplitFacts:
         sizes: Images of each (H, W).
         colours: (3, 256) image pixels of each value of R, G and B.
         codes: (256,) mask pixels of each code.
-        class_images: (256,) masks that hold each class, or 255.
+        class_images: (256,) masks that hold each class, or ignored pixels (255).
         outside: The codes without a class; the lowest ones if there are many.
         outside_pixels: Pixels of all codes without a class.
         files: What was noted about files, by kind; see `read_pairs`.

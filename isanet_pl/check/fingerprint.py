@@ -26,7 +26,7 @@ class SplitFingerprint:
         brightest: The highest value of any channel.
         class_pixels: Of each of the K classes.
         class_images: Images that hold each class.
-        ignored_pixels: Pixels of 255.
+        ignored_pixels: Pixels of 255, or of codes that are translated to it.
         outside_pixels: Pixels of codes without a class.
         codes: Pixels of each code 0..255 in the mask files, those that occur.
         outside: The codes without a class.
@@ -64,7 +64,7 @@ class SplitFingerprint:
 
     @property
     def ignored_share(self) -> float:
-        """Returns the share of 255 in all pixels."""
+        """Returns the share of ignored pixels in all pixels."""
         return self.ignored_pixels / max(1, self.pixels)
 
     def size_at(self, quantile: float) -> tuple[int, int]:

@@ -85,6 +85,7 @@ def print_problems(console: Console, problems: Sequence[Problem], root: str) -> 
     colours = {"error": "red", "warning": "yellow"}
     for problem in problems:
         text = f"{problem.split}: {problem.message}".removeprefix(": ").replace(f"{root}/", "")
+        text = text.encode("utf-8", "replace").decode()  # a file's name may be no UTF-8
         head = f"[bold {colours[problem.level]}]{problem.level}[/]"
         console.print(f"{head} {escape(text)}", highlight=False, soft_wrap=True)
     counts = {level: sum(problem.level == level for problem in problems) for level in colours}

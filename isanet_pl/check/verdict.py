@@ -29,14 +29,18 @@ class Problem:
 
 
 def find_problems(
-    fingerprint: Fingerprint, eval_batch_size: int = 1, batch_size: int = 1
+    fingerprint: Fingerprint,
+    eval_batch_size: int = 1,
+    batch_size: int = 1,
+    train_on_val: bool = False,
 ) -> list[Problem]:
     """Returns what is wrong, errors first.
 
     Args:
         fingerprint: Of the data set.
-        batch_size: Images of a training step.
         eval_batch_size: Images that are evaluated together.
+        batch_size: Images of a training step.
+        train_on_val: The validation images are trained on too.
     """
     found = list(_find_duplicates(fingerprint))
     for name, split in fingerprint.splits.items():
@@ -48,7 +52,8 @@ def find_problems(
             found.append(Problem("error", name, f"{message} time: set --data.eval_batch_size 1"))
     if "train" in fingerprint.splits:
         found += _find_missing_classes(fingerprint)
-        pairs = fingerprint.splits["train"].num_pairs
+        trained = ("train", "val") if train_on_val else ("train",)
+        pairs = sum(s.num_pairs for name, s in fingerprint.splits.items() if name in trained)
         if pairs < batch_size:
             message = f"{pairs} images are fewer than one batch of {batch_size}: set"
             found.append(Problem("error", "train", f"{message} --data.batch_size {pairs} or less"))
@@ -117,7 +122,9 @@ def _find_in_labels(
             )
         yield Problem("error", name, message)
     if MUCH_IGNORED < split.ignored_share < 1:
-        message = f"{split.ignored_share:.0%} of the pixels are ignored; is 255 meant as a class?"
+        message = f"{split.ignored_share:.0%} of the pixels are ignored"
+        if split.codes.get(IGNORE, 0) > split.ignored_pixels / 2:  # and not translated to it
+            message += "; is 255 meant as a class?"
         yield Problem("warning", name, message)
 
 
@@ -127,13 +134,18 @@ def _outside_message(split: SplitFingerprint, num_classes: int) -> str:
     share = split.outside_pixels / split.pixels
     values = [f"{code} in {found.pixels} px" for code, found in split.outside.items()]
     if len(codes) > MANY_CODES or "jpeg" in split.files:
-        fix = "such values come from JPEG, smooth scaling or a colour map, not from labels"
+        fix = (
+            "such values come from JPEG, smooth scaling or a colour map; if they are labels, name "
+            "all classes, or translate with --data.label_map"
+        )
     elif codes == [num_classes] and 0 not in split.codes:
         fix = f"masks seem to count from 1 to {num_classes}: set --data.reduce_zero_label true"
     elif codes == [num_classes]:
+        own = ", ".join(f"{i}: {i}" for i in range(num_classes))
         fix = (
-            f"masks hold 0 to {num_classes}, one value more than there are classes: name the class "
-            "0 as well, or set --data.reduce_zero_label true to ignore it"
+            f"masks hold 0 to {num_classes}, one value more than there are classes: if "
+            f"{num_classes} is void, set --data.label_map '{{{own}, {num_classes}: 255}}'; if 0 is "
+            "void, --data.reduce_zero_label true; else name the class that has no name"
         )
     else:
         fix = "correct the masks or the class names, or translate with --data.label_map"
@@ -152,7 +164,7 @@ def _find_missing_classes(fingerprint: Fingerprint) -> Iterator[Problem]:
     never = [i for i, count in enumerate(train.class_pixels) if not count]
     if never:
         message = f"never seen, so never learnt: {few([names[i] for i in never], most=10)}"
-        if never[0] == 0:
+        if never[0] == 0 and 0 not in train.codes:
             message += "; do the masks count from 1? --data.reduce_zero_label true"
         yield Problem("warning", "train", message)
     for name, split in fingerprint.splits.items():

@@ -90,7 +90,8 @@ def _names(folder: Path) -> set[str]:
     if not folder.is_dir():
         raise InputError(f"folder not found: {folder}")
     with os.scandir(folder) as entries:  # quicker than iterdir: COCO has 118,287 files in a folder
-        return {entry.name for entry in entries}
+        # Hidden files are of the system, such as macOS's ._NAME beside each NAME.
+        return {entry.name for entry in entries if not entry.name.startswith(".")}
 
 
 def read_mat(path: Path, variable: str, field: str | None = None) -> Codes:

@@ -121,7 +121,9 @@ class Cityscapes(SegmentationDataModule):
         )
         endings = ("_leftImg8bit.png", f"_{kind}_{self.labels}.png")
         pairs: list[Pair] = []
-        cities = sorted(path for path in images.iterdir() if path.is_dir())
+        folders = (path for path in images.iterdir() if path.is_dir())
+        # Others are of the system, such as .ipynb_checkpoints and a NAS's @eaDir.
+        cities = sorted(path for path in folders if not path.name.startswith((".", "@")))
         if not cities:
             raise InputError(f"no folder of a city in {images}; get it from {self.homepage}")
         for city in cities:

@@ -57,7 +57,8 @@ class SegmentationDataModule(pl.LightningDataModule):
         cat_max_ratio: Avoid training crops of which one class has this share or more; 1: take all.
         flip: Mirror training images at random.
         photometric: Distort colours of training images at random, on the device.
-        num_workers: Loader processes; None: one for each core, at most 8.
+        num_workers: Loader processes of each device, and as many again for validation; None: one
+            for each core, at most 8.
         eval_batch_size: Validation and test images per step; above 1 all must have one size.
         predict_dir: Folder of images for `predict`, searched with its sub-folders, those too that
             are links.
@@ -211,8 +212,9 @@ class SegmentationDataModule(pl.LightningDataModule):
             train = self._datasets["train"]
             assert isinstance(train, Sized)
             if self.train_on_val:
+                test = " and test scores, whose images are the same," * self._tests_on_val()
                 rank_zero_only(log.warning)(
-                    "train_on_val: the validation images are trained on, val scores measure "
+                    f"train_on_val: the validation images are trained on, val scores{test} measure "
                     "nothing: take last.ckpt, not best.ckpt"
                 )
             num_ranks = self._ranks[1]
@@ -237,6 +239,13 @@ class SegmentationDataModule(pl.LightningDataModule):
                 )
             self._datasets["predict"] = images
             self._check_shares("predict")
+
+    def _tests_on_val(self) -> bool:
+        """Returns whether `test` is val, as where the labels of the test images are not public."""
+        try:
+            return self.list_pairs("test") == self.list_pairs("val")
+        except (InputError, NotImplementedError):  # there is no test split, or there are no files
+            return False
 
     def _check_shares(self, name: str) -> None:
         """Makes sure that each process gets an image, or none does, so that nobody waits for it."""

@@ -141,7 +141,9 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         elif path.stat().st_size == 0:
             reason = "the file is empty"
         else:
-            reason = "it is no image, or is damaged"
+            reason = (
+                "it is no image, or is damaged, or of a kind that Pillow cannot read (convert it)"
+            )
         raise InputError(f"cannot read {path}: {reason}; restore or remove it") from error
 
 

@@ -157,7 +157,7 @@ def find_machine(device: Device | None = None, gigabytes: float | None = None) -
 
 
 def _memory() -> float:
-    """Returns the bytes that this process may have, in a container what that allows."""
+    """Returns the bytes that this process may have, in a container (cgroup v2) its limit."""
     limits = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
