@@ -89,6 +89,8 @@ def config_of(path: str, command: str) -> dict[str, Any]:
     if size and (inference.get("mode") != "slide" or not fits):
         # A file for one size of images sees larger ones by windows of that size.
         inference |= {"mode": "slide", "crop_size": list(size), "stride": None}
+    if size:
+        inference["pad_multiple"] = None  # the file pads to its size by itself
     for key in LINKED_INFERENCE:
         value = inference.pop(key, None)
         if value:

@@ -225,7 +225,7 @@ class SegmentationModule(pl.LightningModule):
 
     def _stop(self, reason: str) -> None:
         seen = f" on {', '.join(self.seen)}" if self.seen else ""
-        half = self.trainer.precision == "16-mixed"
+        half = self._trainer is not None and self._trainer.precision == "16-mixed"
         raise InputError(
             f"training stopped at step {self.global_step}: {reason}{seen}. "
             "Nothing of it is saved, and earlier checkpoints are kept. Try a lower learning rate, "

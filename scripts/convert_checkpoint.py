@@ -5,7 +5,7 @@
     python scripts/convert_checkpoint.py isanet-pl SOURCE.ckpt TARGET.pth --to mmseg
 
 The target has all that makes the logits of its network equal to the source's. What mmsegmentation
-has no place for (padding, scales, flip) is named. Nothing in the source is executed.
+has no place for (scales, flip, padding of windows) is named. Nothing in the source is executed.
 """
 
 import argparse

@@ -10,4 +10,4 @@ source scripts/setup.sh
 # which ISANet needs none. mmengine imports pkg_resources, which setuptools 81 drops; mmsegmentation
 # imports ftfy and regex without asking for them.
 .venv-peer/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest \
-  "mmsegmentation==1.2.2" "mmengine==0.10.7" "mmcv-lite==2.1.0" "setuptools<81" ftfy regex
+  "mmsegmentation==1.2.2" "mmengine==0.10.7" "mmcv-lite==2.1.0" "setuptools<81" ftfy regex hypothesis

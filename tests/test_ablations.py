@@ -7,15 +7,19 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from test_configs import read
 
 from isanet_pl.cli import main
+from isanet_pl.models import ISANet
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = sorted((CONFIGS / "ablation").glob("*.yaml"))
 # Between them, no overlay is what both have already.
 DIRECT = CONFIGS / "quickstart.yaml"
 REDUCED = CONFIGS / "isanet_r50-d8_4xb2-80k_cityscapes-512x1024.yaml"
+AUTHORS = CONFIGS / "isanet-openseg_r101-d8_4xb2-40k_cityscapes-512x1024.yaml"
 SMALL = {
     "--data.batch_size": 2,
     "--data.eval_batch_size": 2,
@@ -56,7 +60,7 @@ def fit_with(*paths):
 def test_overlay_changes_exactly_the_keys_it_names(overlay):
     named = leaves(yaml.safe_load(overlay.read_text()))
     changed = set()
-    for base in (DIRECT, REDUCED):
+    for base in (DIRECT, REDUCED, AUTHORS):
         before, after = resolve(*fit_with(base)), resolve(*fit_with(base, overlay))
         assert before.keys() == after.keys()
         changed |= {key for key in before if before[key] != after[key]}
@@ -73,6 +77,16 @@ def test_overlay_takes_a_step_over_the_quick_start(overlay):
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_overlay_builds_a_network_over_every_config(overlay):
+    changed = read(overlay).get("model", {}).get("network", {})
+    networks = [read(path)["model"]["network"] for path in CONFIGS.glob("*.yaml")]
+    for network in networks:
+        small = {"backbone": "resnet18", "pretrained": False, "weights_path": None}
+        with torch.device("meta"):
+            ISANet(5, **{**network, **changed, **small})
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
 def test_overlay_is_short_and_says_what_it_is(overlay):
     lines = overlay.read_text().splitlines()
     assert len(lines) <= 8
@@ -81,7 +95,11 @@ def test_overlay_is_short_and_says_what_it_is(overlay):
 
 
 def test_the_ablations_of_the_paper_are_there():
-    values = [list(leaves(yaml.safe_load(path.read_text())).items()) for path in OVERLAYS]
+    # What is null is back at its default.
+    values = [
+        [(key, value) for key, value in leaves(read(path)).items() if value is not None]
+        for path in OVERLAYS
+    ]
     assert all(len(pairs) == 1 for pairs in values)
     found = {}
     for [(key, value)] in values:

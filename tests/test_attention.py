@@ -481,3 +481,8 @@ def test_scores_of_fp32_operands_train_under_autocast():
     for mine, theirs in zip(gradients, exact, strict=True):
         assert mine.dtype == torch.float32
         assert (mine - theirs.grad).norm() < 0.05 * theirs.grad.norm()
+
+
+def test_a_batch_of_nothing_has_no_context():
+    isa = ISAModule(8, 4, 4, 4, down_factors=[(2, 2), (3, 1)]).eval()
+    assert isa(torch.randn(0, 8, 5, 6)).shape == (0, 4, 5, 6)

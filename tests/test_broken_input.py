@@ -24,6 +24,7 @@ from isanet_pl.__main__ import run
 from isanet_pl.cli import main
 from isanet_pl.errors import InputError
 from isanet_pl.explain import less_memory
+from isanet_pl.hardware import num_cores
 from isanet_pl.models import ISANet
 
 CONFIG = """
@@ -807,7 +808,7 @@ def test_a_killed_loader_process_is_said_to_be_memory(place, capsys):
 
 
 def test_more_workers_than_cores_and_images_work(place):
-    options = ("--data.num_workers", 5, "--trainer.max_steps", 1)
+    options = ("--data.num_workers", num_cores() + 1, "--trainer.max_steps", 1)
     with pytest.warns(UserWarning, match="worker processes"):
         assert main(arguments(place, "fit", options)).trainer.global_step == 1
 

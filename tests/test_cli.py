@@ -173,8 +173,8 @@ def test_what_a_checkpoint_alone_says_is_written_beside_its_run(trained, tmp_pat
 def test_fit_ends_with_the_table(tiny, tmp_path, capsys):
     run("fit", tiny, tmp_path)
     out = capsys.readouterr().out
-    for word in ("mIoU", "mAcc", "aAcc", "background", "red", "yellow"):
-        assert word in out
+    for row in ("mIoU", "mAcc", "aAcc", "background", "red", "yellow"):
+        assert re.search(rf"│ {row} +│ +(\d+\.\d\d|absent) │", out)
 
 
 def test_brackets_in_class_names_are_no_markup(capsys):
@@ -403,7 +403,9 @@ def test_nan_loss_stops_at_its_step_and_keeps_the_last_good_checkpoint(tiny, tmp
     validate_early = ("--trainer.val_check_interval", 1)
     with pytest.raises(InputError, match=r"training stopped at step \d+: .*(loss|gradient)"):
         run("fit", tiny, tmp_path, *arguments, *validate_early)
-    for checkpoint in (tmp_path / "runs").rglob("*.ckpt"):
+    checkpoints = list((tmp_path / "runs").rglob("*.ckpt"))
+    assert checkpoints
+    for checkpoint in checkpoints:
         state = torch.load(checkpoint, weights_only=True)["state_dict"]
         assert all(tensor.isfinite().all() for tensor in state.values())
 

@@ -13,7 +13,7 @@ from layouts import make_ade20k, make_cityscapes, make_voc
 
 from isanet_pl.cli import main
 from isanet_pl.convert.layout import rename
-from isanet_pl.convert.openseg import NETWORK, rules_of
+from isanet_pl.convert.openseg import INPLACE_ABN_SLOPE, NETWORK, rules_of
 from isanet_pl.models import ISANet
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -156,6 +156,7 @@ def test_authors_recipe_builds_the_network_of_their_checkpoints():
     network = config["model"]["network"]
     assert network.items() >= NETWORK.items()
     assert len(config["model"]["loss"]["class_weights"]) == 19
+    assert network["negative_slope"] == INPLACE_ABN_SLOPE
     with torch.device("meta"):
         own = ISANet(19, **{**network, "pretrained": False}).state_dict()
     rules = rules_of(inplace_abn=False)

@@ -182,7 +182,7 @@ def test_base_size_travels(base_size, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("inference", "corners", "words"),
     [
-        (Inference(), False, ["padding to multiples of 8"]),
+        (Inference(), False, []),  # theirs pads whole images as well
         (Inference(), True, []),  # nothing is padded
         (Inference("slide", (97, 97), (65, 65)), True, []),
         (Inference("slide", (97, 97), (65, 65)), False, ["padding to multiples of 8"]),
@@ -191,7 +191,12 @@ def test_base_size_travels(base_size, tmp_path, caplog):
             True,
             ["scales [0.5, 1.0], flip"],
         ),
-        (Inference(pad_multiple=64), True, ["padding to multiples of 64"]),
+        (Inference(pad_multiple=64), True, []),
+        (
+            Inference("slide", (97, 97), (65, 65), pad_multiple=32),
+            True,
+            ["padding to multiples of 32"],
+        ),
     ],
 )
 def test_what_does_not_travel_is_said(inference, corners, words, tmp_path, caplog):
@@ -418,6 +423,32 @@ def test_padding_to_multiples_is_kept(tmp_path):
         "type='EncoderDecoder',", f"type='EncoderDecoder', {preprocessor}"
     )
     assert read_empty(tmp_path, meta(config)).network.inference.pad_multiple == 32
+    written = write_and_read(Inference(pad_multiple=32), tmp_path / "theirs.pth")
+    assert written.pad_multiple == 32
+    assert write_and_read(Inference(), tmp_path / "theirs.pth", corners=False).pad_multiple == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "test"), [("size=(512, 512)", ""), ("size_divisor=32", SLIDE)]
+)
+def test_padding_that_is_not_possible_here_is_refused(settings, test, tmp_path):
+    preprocessor = f"data_preprocessor=dict(bgr_to_rgb=True, test_cfg=dict({settings})),"
+    config = (mmseg_config(True, test) if test else mmseg_config(rest=PIPELINE_1)).replace(
+        "type='EncoderDecoder',", f"type='EncoderDecoder', {preprocessor}"
+    )
+    with fails_naming("pads images", settings.split("=")[0]):
+        read_empty(tmp_path, meta(config))
+
+
+def test_weights_that_are_not_finite_are_refused(mmseg_state, tmp_path):
+    name = "decode_head.in_conv.bn.running_var"
+    state = {**mmseg_state, name: mmseg_state[name] * torch.inf}
+    with fails_naming("raw.pth", name, "not finite"):
+        read_mmseg(save(mmseg_file(state, mmseg_config()), tmp_path / "raw.pth"))
+    trained = read_mmseg(save(mmseg_file(mmseg_state, mmseg_config()), tmp_path / "good.pth"))
+    trained.network.classifier.bias.data.fill_(torch.nan)
+    with fails_naming("theirs.pth", "classifier.bias", "not finite"):
+        write_mmseg(trained, tmp_path / "theirs.pth")
 
 
 # The checkpoint that is written.

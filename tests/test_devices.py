@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import fails_naming, make_folder
@@ -24,6 +25,7 @@ from isanet_pl.callbacks.ranks import watch
 from isanet_pl.checkpoint_io import read_checkpoint
 from isanet_pl.cli import main
 from isanet_pl.data import SegmentationFolder
+from isanet_pl.models import ISANet
 
 NAMES = "[sky, road, car]"
 STEPS = 20
@@ -285,14 +287,20 @@ def test_fewer_images_than_devices_are_refused(stage, tmp_path):
 
 
 @pytest.mark.slow
-def test_validate_and_predict(tmp_path):
+def test_validate_and_predict(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["isanet-pl"])
     checkpoint = write_checkpoint(tmp_path / "a.ckpt")
     make_folder(tmp_path / "data", size=(32, 48), count=5)
     data = ("--data", "SegmentationFolder", "--data.root", tmp_path / "data")
     data += ("--data.class_names", NAMES)
     done = run("validate", "--ckpt_path", checkpoint, *data, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "runs" / "a" / "version_0" / "results.json").is_file()
+    result = json.loads((tmp_path / "runs" / "a" / "version_0" / "results.json").read_text())
+    options = (*data, "--trainer.accelerator", "cpu", "--runs_dir", tmp_path / "alone")
+    alone = main(["validate", "--ckpt_path", str(checkpoint), *map(str, options)])
+    expected = {k: float(v) for k, v in alone.trainer.callback_metrics.items()}
+    for name in ("miou", "macc", "aacc"):  # each image once: 5 are no multiple of 2 processes
+        assert result["scores"][name] == pytest.approx(expected[f"val/{name}"], abs=1e-6)
 
     photos = tmp_path / "data" / "test" / "images"
     (photos / "broken.png").write_text("no image")
@@ -305,5 +313,9 @@ def test_validate_and_predict(tmp_path):
     folder = next((tmp_path / "runs" / "a").glob("*/predictions"))
     masks = sorted(path.name for path in (folder / "masks").iterdir())
     assert masks == [f"scene{i}.png" for i in range(5)]
+    network = ISANet.from_checkpoint(checkpoint)
+    for name in masks:
+        with Image.open(photos / name) as image, Image.open(folder / "masks" / name) as mask:
+            assert np.array_equal(np.array(mask), network.predict(image).numpy())
     with Image.open(folder / "masks" / "scene4.png") as mask:
         assert mask.size == (48, 32)

@@ -102,6 +102,27 @@ def test_normalisation_outside(checkpoint, tmp_path):
     assert close(run_onnx(tmp_path / "a.onnx", x), eager(checkpoint, image))
 
 
+@pytest.mark.parametrize("context", ["isa", "dense", "ppm", "aspp", "rcca"])
+def test_onnx_of_the_direct_form_and_of_other_contexts(context, tmp_path):
+    arguments = {"form": "direct", "context": context, "aux_head": True}
+    checkpoint = write_checkpoint(tmp_path / "tiny.ckpt", **arguments)
+    export(checkpoint, tmp_path / "a.onnx", "--size", "[24, 40]")
+    image = images(24, 40)
+    assert close(run_onnx(tmp_path / "a.onnx", image), eager(checkpoint, image))
+
+
+def test_a_file_of_one_size_pads_by_itself(tmp_path):
+    view = {"mode": "whole", "crop_size": None, "stride": None, "pad_multiple": 64}
+    checkpoint = write_checkpoint(tmp_path / "tiny.ckpt", inference=view)
+    export(checkpoint, tmp_path / "a.onnx", "--size", "[24, 40]")
+    assert config_of(str(tmp_path / "a.onnx"), "predict")["model"]["inference"]["mode"] == "slide"
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(make_scene(0, (24, 40), [0, 1, 2])[0]).save(tmp_path / "photos" / "b.png")
+    options = ("--ckpt_path", "a.onnx", "--data.predict_dir", "photos", "--output", "out")
+    main(["predict", *options, "--trainer.accelerator", "cpu", "--data.num_workers", "0"])
+    assert (tmp_path / "out" / "masks" / "b.png").is_file()
+
+
 def test_torch_export_archive(checkpoint, tmp_path):
     export(checkpoint, tmp_path / "a.pt2", "--size", "[32, 48]", "--dynamic", "true")
     files = {"isanet_pl.json": ""}

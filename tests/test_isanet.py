@@ -716,3 +716,14 @@ def test_classifiers_start_as_in_mmsegmentation():
     for classifier in (net.classifier, net.aux_head[-1]):
         assert classifier.weight.std().item() == pytest.approx(0.01, rel=0.15)
         assert not classifier.bias.any()
+
+
+def test_heads_start_as_in_mmsegmentation():
+    torch.manual_seed(0)
+    net = small_net(form="reduced", key_channels=48, value_channels=64, out_channels=64)
+    block = net.context.stages[0].long_range_sa
+    for conv in (net.reduce[0], block.f_key[3], block.W[0], net.context.conv_bn[0]):
+        fan_out = conv.weight.shape[0] * conv.kernel_size[0] ** 2
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
+    bound = block.f_value.weight.shape[1] ** -0.5  # a bare conv, that keeps PyTorch's own
+    assert 0.9 * bound < block.f_value.weight.abs().max().item() <= bound

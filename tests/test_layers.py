@@ -94,7 +94,7 @@ def used(conv, x):
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_it_is_used_where_it_pays_and_nowhere_else(size):
+def test_it_is_used_where_a_gradient_is_wanted(size):
     conv, x = SameConv(2, 3, size), torch.randn(1, 2, 4, 4)
     assert used(conv, x)
     assert used(conv.bfloat16(), x.bfloat16())

@@ -44,7 +44,7 @@ def write_checkpoint(path, names=NAMES, inference=None, seed=0, **arguments):
     torch.manual_seed(seed)
     network = ISANet(
         len(names), "resnet18", last_stage=1, key_channels=4, value_channels=4, out_channels=4,
-        form="reduced", down_factors=((2, 2),), **arguments,
+        down_factors=((2, 2),), **{"form": "reduced", **arguments},
     )  # fmt: skip
     with torch.no_grad():  # so that several classes are found
         weight = torch.randn_like(network.classifier.weight)
@@ -488,7 +488,7 @@ def test_validation_without_a_config_needs_a_data_set_only(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main([command, "--ckpt_path", str(checkpoint)])
-    assert "data" in capsys.readouterr().err
+    assert "no data set is named: --data NAME" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("base_size", [(48, 24), [48, 24]])  # of a checkpoint, an ONNX file

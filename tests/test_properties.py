@@ -25,12 +25,10 @@ WINDOWS = st.tuples(st.integers(1, 12), st.integers(1, 12))
 MASKS = arrays.arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)))
 
 # The folder of a test may serve all of its examples: each writes the same name anew.
-in_a_folder = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+in_a_folder = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.tuples(st.integers(1, 14), st.integers(1, 14)),
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=2),
@@ -62,7 +60,7 @@ def networks():
     return network
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(size=SIZES, form=st.sampled_from(["direct", "reduced"]), window=WINDOWS)
 def test_logits_have_the_size_of_the_image(networks, size, form, window):
     network = networks(form, window)
@@ -73,7 +71,7 @@ def test_logits_have_the_size_of_the_image(networks, size, form, window):
     assert out.isfinite().all()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     size=SIZES,
     crop=CROPS,
@@ -138,7 +136,6 @@ def test_the_top_of_a_png_is_that_of_the_whole(tmp_path, size, data):
     assert np.array_equal(top.permute(1, 2, 0).numpy(), pixels[:rows])
 
 
-@settings(deadline=None)
 @given(
     arrays.arrays(np.int64, (1, 5, 6), elements=st.sampled_from([0, 1, 2, 255])),
     st.sampled_from([None, 0.7]),
@@ -153,7 +150,6 @@ def test_ignored_pixels_have_no_gradient_and_the_loss_is_finite(mask, threshold)
     assert (logits.grad.movedim(1, -1)[target == 255] == 0).all()
 
 
-@settings(deadline=None)
 @given(
     arrays.arrays(np.int64, (2, 4, 5), elements=st.integers(0, 2)),
     arrays.arrays(np.int64, (2, 4, 5), elements=st.sampled_from([0, 1, 2, 255])),

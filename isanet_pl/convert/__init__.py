@@ -3,7 +3,8 @@
 What the weights alone do not say travels with them: how the network is built (stem, order of the
 concatenation, activation, rounding, corners), how its input is normalised, how images are shown to
 it, and what its classes are. So the network's logits are equal, to rounding. A file of
-mmsegmentation has no place for padding, scales and flip: these are named when one is written.
+mmsegmentation has no place for scales, flip and the padding of windows: these are named when one is
+written.
 """
 
 from isanet_pl.convert.mmseg import read_mmseg

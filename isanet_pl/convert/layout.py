@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from isanet_pl.errors import InputError, few
+from isanet_pl.finite import first_not_finite
 from isanet_pl.models import ISANet
 
 Rules = Sequence[tuple[str, str]]
@@ -101,14 +102,26 @@ def sizes_of(state: Mapping[str, Tensor], rules: Rules, path: Path) -> dict[str,
     return sizes | ({"aux_channels": width("aux_head.0")} if sizes["aux_head"] else {})
 
 
+def check_finite(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuses tensors that are of no use.
+
+    Raises:
+        InputError: One has an element that is NaN or infinite.
+    """
+    wrong = first_not_finite(state)
+    if wrong:
+        raise InputError(f"{path}: {wrong} is not finite: a network with it computes nothing")
+
+
 def fill(network: ISANet, state: Mapping[str, Tensor], rules: Rules, path: Path) -> None:
     """Loads a file's tensors into a network: all of them, and all that it has.
 
     BatchNorm's counters may be missing, as in files of old versions; they are then zero.
 
     Raises:
-        InputError: A tensor is missing, left over or of another shape.
+        InputError: A tensor is missing, left over, of another shape or not finite.
     """
+    check_finite(state, path)
     own = network.state_dict()
     theirs = {name: rename(name, rules) for name in own}
     optional = {key for key in theirs.values() if key.endswith(".num_batches_tracked")}

@@ -139,7 +139,7 @@ def _inference(
     """Returns how images are shown: as the config says, else as in the published settings.
 
     Raises:
-        InputError: The config stretches them.
+        InputError: The config stretches them, or pads them otherwise than is possible here.
     """
     default = SLIDE_769 if crop_size == 769 else {"mode": "whole"}
     tests = (find(config, "test_cfg"), find(config, "model", "test_cfg"), default)
@@ -168,12 +168,17 @@ def _inference(
         usual = (usual[0] + 1, usual[1] + 1)
     settings: dict[str, Any] = {k: tuple(test[k]) for k in ("crop_size", "stride") if find(test, k)}
     base_size = next((tuple(size) for size in sizes if size), usual)
+    padding = find(config, "model", "data_preprocessor", "test_cfg", default={})
+    multiple = find(padding, "size_divisor", default=1)
+    if find(padding, "size") or (multiple != 1 and test["mode"] == "slide"):
+        raise InputError(
+            f"{path}: the config in it pads images to a size, or before windows slide over them "
+            f"(data_preprocessor.test_cfg {padding}), which this project does not do"
+        )
     return Inference(
         mode=test["mode"],
         base_size=base_size,
-        pad_multiple=find(
-            config, "model", "data_preprocessor", "test_cfg", "size_divisor", default=1
-        ),
+        pad_multiple=multiple,
         mirrored_classes=classes.mirrored,
         **settings,
     )

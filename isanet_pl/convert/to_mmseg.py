@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from isanet_pl.checkpoint_io import save_whole
-from isanet_pl.convert.layout import rename
+from isanet_pl.convert.layout import check_finite, rename
 from isanet_pl.convert.mmseg import BACKBONE, RULES
 from isanet_pl.convert.trained import Trained
 from isanet_pl.errors import InputError
@@ -45,11 +45,12 @@ def write_mmseg(trained: Trained, path: Path) -> None:
     and has no place in such a file, is said.
 
     Raises:
-        InputError: There is no network of theirs with the same logits.
+        InputError: There is no network of theirs with the same logits, or a weight is not finite.
     """
     arguments = trained.network.arguments
     _check(arguments, path)
     state: dict[str, Tensor] = dict(trained.network.state_dict())
+    check_finite(state, path)
     if not arguments["context_first"]:
         # Theirs concatenates the context first: the two halves of what comes in change places.
         weight = state["context.conv_bn.0.weight"]
@@ -107,7 +108,7 @@ def left_behind(network: ISANet) -> list[str]:
     if inference.flip:
         lost.append("flip")
     multiple = inference.multiple_for(network)
-    if multiple > 1:
+    if multiple > 1 and inference.mode == "slide":  # theirs pads the image, not each window
         lost.append(f"padding to multiples of {multiple}")
     return lost
 
@@ -125,6 +126,7 @@ def model_config(trained: Trained) -> dict[str, Any]:
     """Returns the model of mmsegmentation 1.x that the checkpoint loads into, as a config."""
     arguments, inference = trained.network.arguments, trained.network.inference
     depth, stem_channels = RESNETS[arguments["backbone"]]
+    multiple = inference.multiple_for(trained.network)
     test: dict[str, Any] = {"mode": inference.mode}
     if inference.mode == "slide":
         test |= {"crop_size": inference.crop_size, "stride": inference.steps}
@@ -137,6 +139,7 @@ def model_config(trained: Trained) -> dict[str, Any]:
             "bgr_to_rgb": True,
             "pad_val": 0,
             "seg_pad_val": 255,
+            "test_cfg": {"size_divisor": 1 if inference.mode == "slide" else multiple},
         },
         "backbone": {
             "type": "ResNetV1c",

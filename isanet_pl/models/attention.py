@@ -68,7 +68,7 @@ def attend(
         lowest = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask.repeat(n, 1)[:, None, :], lowest)
     context = scores.softmax(dim=-1).to(value.dtype) @ value  # (N*G, L, C_v)
-    return context.view(n, groups, length, -1).permute(0, 3, 1, 2)
+    return context.view(n, groups, length, value.shape[2]).permute(0, 3, 1, 2)
 
 
 class _Scores(torch.autograd.Function):
@@ -182,7 +182,7 @@ class SelfAttentionBlock2D(nn.Module):
         negative_slope: Of the activations below zero; 0 is ReLU, the authors' InPlaceABN has 0.01.
         recompute: In training, compute what lies between the first convs and the output conv once
             more in the backward pass instead of keeping it: half the memory for a few per cent of
-            the time.
+            the time. Weights must not change in between, as under torch.func.functional_call.
         sdpa: See `attend`.
     """
 
@@ -371,8 +371,10 @@ class ISAModule(nn.Module):
     Dropout2d (paper section 3.4; `ISA_Module` of the authors' code). With several down factors the
     input first goes through a conv1x1-BN-ReLU to as many channels as the blocks return together.
 
-    For speed some convs (the blocks' `f_value` and `W[0]`, `conv_bn[0]`) are not called as modules,
-    only their weights are used: hooks on them, and what is built on hooks, do nothing.
+    For speed some modules (the blocks' `f_query`, `f_key`, `f_value`, `W` and `W[0]`, `conv_bn` and
+    `conv_bn[0]`) are not called, only their weights and parts are: hooks on them, and what is built
+    on hooks, do nothing. For the features, hook this module. Transforms of torch.func (grad, vmap)
+    are not supported.
 
     Args:
         in_channels: Channels of the input.

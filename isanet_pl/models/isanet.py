@@ -1,4 +1,4 @@
-"""The network: backbone, ISA head, classifier, in the two published forms."""
+"""The network: backbone, ISA head, classifier, in its two forms."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ from isanet_pl.models.context import (
     PyramidPooling,
     RecurrentCrissCross,
 )
-from isanet_pl.models.layers import activation, conv_bn_relu
+from isanet_pl.models.layers import SameConv, activation, conv_bn_relu
 from isanet_pl.models.weights import load_weights, read_weights, tensors_of
 from isanet_pl.pixels import rgb_pixels
 
@@ -46,7 +46,7 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 class ISANet(nn.Module):
     """Returns per-pixel class scores of an image, with ISA context (arXiv 1907.12273).
 
-    Two published forms:
+    Two forms, of which the second is the published one:
 
     - `direct`: the ISA module works straight on the backbone's channels; conv3x3 (with bias),
       BatchNorm, ReLU; bilinear to the input's size; conv3x3 classifier at full resolution. No
@@ -172,7 +172,7 @@ class ISANet(nn.Module):
         if reduced:
             self.classifier = nn.Conv2d(out_channels, num_classes, 1)
         else:
-            # The published direct form gives its 3x3 convs a bias, also before BatchNorm.
+            # The direct form gives its 3x3 convs a bias, also before BatchNorm.
             self.project = nn.Sequential(
                 nn.Conv2d(out_channels, out_channels, 3, padding=1),
                 nn.BatchNorm2d(out_channels),
@@ -186,6 +186,12 @@ class ISANet(nn.Module):
                 nn.Dropout2d(arguments["dropout"]),
                 nn.Conv2d(aux_channels, num_classes, 1),
             )
+        if reduced:
+            # As mmsegmentation's ConvModules do; the authors' keep PyTorch's own start.
+            for head in filter(None, (self.reduce, self.context, self.aux_head)):
+                for conv in head.modules():
+                    if isinstance(conv, SameConv):
+                        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         # As mmsegmentation's heads do.
         for classifier in (self.classifier, *(self.aux_head or ())[-1:]):
             nn.init.normal_(classifier.weight, std=0.01)
