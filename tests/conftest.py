@@ -32,6 +32,14 @@ def pytest_sessionfinish():
 
 
 @pytest.fixture(autouse=True)
+def _nothing_of_where_the_suite_runs(monkeypatch):
+    """Takes away what Lightning would see of a cluster, and rich of a terminal."""
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
 def _messages_go_to_the_stream_of_this_test():
     """Takes away the handler of messages, which would write to the next test's closed stderr."""
     logging.getLogger("isanet_pl").handlers.clear()

@@ -15,6 +15,7 @@ from isanet_pl.cli import main
 from isanet_pl.convert.layout import rename
 from isanet_pl.convert.openseg import INPLACE_ABN_SLOPE, NETWORK, rules_of
 from isanet_pl.models import ISANet
+from isanet_pl.models.backbone import timm
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 RECIPES = [path for path in CONFIGS if re.match(r"isanet(-direct|-openseg)?_r", path.name)]
@@ -148,6 +149,13 @@ def test_recipe_is_short_and_says_what_to_expect(path):
     of_mmseg = path.stem.startswith("isanet_")
     assert ("mmsegmentation took" in header) == of_mmseg
     assert not of_mmseg or re.search(r"took \d+\.\d+ GB on each V100", header)
+
+
+def test_timm_has_weights_for_the_backbones_of_all_configs():
+    backbones = {read(path)["model"]["network"].get("backbone", "resnet50") for path in CONFIGS}
+    assert len(backbones) > 3
+    for name in backbones:
+        assert timm.get_pretrained_cfg(name).has_weights
 
 
 def test_authors_recipe_builds_the_network_of_their_checkpoints():

@@ -101,7 +101,7 @@ def test_many_bars_stand_in_columns():
 
 def test_scores_of_a_split_without_any_label_can_be_drawn():
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", RuntimeWarning)
         render(draw_class_scores({"a": math.nan, "b": math.nan}, math.nan))
         pixels = render(draw_confusion(torch.zeros(2, 2), ["a", "b"]))
     assert pixels.dtype == np.uint8

@@ -488,7 +488,7 @@ def test_validation_without_a_config_needs_a_data_set_only(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main([command, "--ckpt_path", str(checkpoint)])
-    assert "no data set is named: --data NAME" in capsys.readouterr().err
+    assert f"the following arguments are required: {command}.data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("base_size", [(48, 24), [48, 24]])  # of a checkpoint, an ONNX file

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +192,30 @@ def test_networks_stand_in_a_grid_of_sizes(scripts_on_path):
     assert training.splitlines()[-1] == "| small | 0.50 (10 MiB) |"
 
 
+def test_tables_of_benchmarks_in_the_docs_are_those_of_their_records(scripts_on_path, tmp_path):
+    from benchmark_data import table
+    from efficiency_report import headline, short_markdown
+    from readme import has_block, write_block
+
+    heads = json.loads((ROOT / "docs" / "efficiency" / "efficiency.json").read_text("utf-8"))
+    data = json.loads((ROOT / "docs" / "benchmark_data.json").read_text("utf-8"))
+    for page, name, text in (
+        ("README.md", "efficiency ratios", headline(heads)),
+        ("docs/efficiency/README.md", "efficiency", short_markdown(heads)),
+        (
+            "docs/data.md",
+            "data benchmark",
+            f"{table(data['ms'])}\n\nMeasured on {data['machine']}.",
+        ),
+    ):
+        content = (ROOT / page).read_text("utf-8")
+        copy = tmp_path / "page.md"
+        copy.write_text(content, "utf-8")
+        assert has_block(copy, name)
+        write_block(copy, name, text)
+        assert copy.read_text("utf-8") == content
+
+
 def test_benchmark_of_another_machine_is_not_mixed_in(scripts_on_path, tmp_path):
     from efficiency_report import keep
 
@@ -329,11 +354,18 @@ def test_shell_scripts_parse(name):
     assert done.returncode == 0, done.stderr
 
 
+def make_tools(folder):
+    """Makes a folder of the programs that a shell script may find: no uv of this machine."""
+    folder.mkdir()
+    for name in ("bash", "sh", "basename", "cp", "mkdir"):
+        (folder / name).symlink_to(shutil.which(name))
+    return folder
+
+
 @pytest.mark.parametrize("with_uv", [False, True])
 def test_setup_makes_the_environment_once(tmp_path, with_uv):
     # Stand-ins for python and uv write down how they are called and make a .venv.
-    tools = tmp_path / "bin"
-    tools.mkdir()
+    tools = make_tools(tmp_path / "bin")
     log = tmp_path / "log"
     make = f'mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo made >> {log}'
     note = f'echo "$(basename $0) $*" >> {log}'
@@ -341,7 +373,7 @@ def test_setup_makes_the_environment_once(tmp_path, with_uv):
     for name in ["python3"] + (["uv"] if with_uv else []):
         (tools / name).write_text(fake)
         (tools / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tools}:/usr/bin:/bin", "PYTHON": ""}
+    environment = {**os.environ, "PATH": str(tools), "PYTHON": ""}
     code = f"set -euo pipefail; source {ROOT}/scripts/setup.sh; install_into_venv '.[dev]'"
     for _ in range(2):
         done = subprocess.run(
@@ -356,12 +388,11 @@ def test_setup_makes_the_environment_once(tmp_path, with_uv):
 
 
 def test_setup_refuses_an_old_python(tmp_path):
-    tools = tmp_path / "bin"
-    tools.mkdir()
+    tools = make_tools(tmp_path / "bin")
     for name in ("python3", "python3.13", "python3.12", "python3.11", "python"):
         (tools / name).write_text("#!/bin/sh\nexit 1\n")
         (tools / name).chmod(0o755)
-    environment = {"PATH": f"{tools}:/usr/bin:/bin"}
+    environment = {"PATH": str(tools)}
     code = f"set -euo pipefail; source {ROOT}/scripts/setup.sh; install_into_venv ."
     done = subprocess.run(
         ["bash", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True

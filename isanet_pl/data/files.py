@@ -142,7 +142,7 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
             reason = "the file is empty"
         else:
             reason = (
-                "it is no image, or is damaged, or of a kind that Pillow cannot read (convert it)"
+                "it is no image, or is damaged, or of a kind that Pillow does not know (convert it)"
             )
         raise InputError(f"cannot read {path}: {reason}; restore or remove it") from error
 
