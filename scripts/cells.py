@@ -261,6 +261,9 @@ def _resolve(name: str, arguments: Sequence[str]) -> dict[str, Any]:
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Returns a line for each option that differs and can change what a run finds."""
     before, after = flatten(old), flatten(new)
+    for config in (before, after):
+        if config.get("trainer.devices") == "auto":  # the default before it was 1
+            config["trainer.devices"] = 1  # a cell sees no other device
     keys = [key for key in sorted(before.keys() | after.keys()) if matters(key)]
     pairs = [(key, before.get(key), after.get(key)) for key in keys]
     return [f"{key}: then {then}, now {now}" for key, then, now in pairs if then != now]

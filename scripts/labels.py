@@ -104,8 +104,10 @@ def find_kind(
 
 def _end_of(path: Path) -> str:
     """Returns what a path is compared by; all checkpoints of this project have the same name."""
-    of_a_run = path.parent.name == "checkpoints"
-    return "/".join(path.parts[-4:]) if of_a_run else path.name
+    if path.parent.name != "checkpoints":
+        return path.name
+    home = path.parent.parent  # version_N, of a run or of the cell of a grid
+    return "/".join((*name_of(home), *path.parts[-3:]))
 
 
 def starts(key: str, beginnings: Sequence[str]) -> bool:

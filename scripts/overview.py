@@ -95,6 +95,8 @@ def find_label(command: str, folder: Path) -> str:
 def find_start(command: str, folder: Path) -> tuple[str | None, ...]:
     """Returns the weights that a training started from, the checkpoint of another one last.
 
+    That one is told from the training itself by its name alone.
+
     Args:
         command: Of the training.
         folder: Of its run.

@@ -13,6 +13,12 @@ from PIL import Image
 
 from isanet_pl.errors import InputError
 
+# What Lightning would see of a cluster, and rich of a terminal, where the suite runs. Before the
+# tests import Lightning: it asks then which process of how many this is.
+ELSEWHERE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "FORCE_COLOR", "TTY_COMPATIBLE")
+for _name in [name for name in os.environ if name.startswith("SLURM_") or name in ELSEWHERE]:
+    del os.environ[_name]
+
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
@@ -29,14 +35,6 @@ def pytest_collection_finish():
 def pytest_sessionfinish():
     """Lets it all be collected at the end, or C++ modules complain of leaks."""
     gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _nothing_of_where_the_suite_runs(monkeypatch):
-    """Takes away what Lightning would see of a cluster, and rich of a terminal."""
-    for name in list(os.environ):
-        if name.startswith("SLURM_") or name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
-            monkeypatch.delenv(name)
 
 
 @pytest.fixture(autouse=True)

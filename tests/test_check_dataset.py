@@ -524,6 +524,17 @@ def test_advice_knows_what_is_translated_already(data_root):
     assert not any("255" in message for message in shares)
 
 
+def test_a_stray_code_among_translated_ones_is_no_void(data_root):
+    for split in ("train", "val", "test"):
+        for path in masks_of(data_root, split):
+            rewrite(path, lambda p: np.where(p < 255, 10 * p, p))
+    rewrite(masks_of(data_root, "train")[0], lambda p: np.where(p == 20, 3, p))
+    found = find(data_root, label_map={0: 0, 10: 1, 20: 2, 255: 255})
+    [(level, split, message)] = found
+    assert (level, split) == ("error", "train")
+    assert "correct the masks or the class names" in message
+
+
 def test_a_batch_may_hold_validation_images_where_they_are_trained_on(data_root):
     def told(**options):
         return [m for _, _, m in find(data_root, **options) if "fewer than one batch" in m]

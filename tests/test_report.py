@@ -465,11 +465,12 @@ def test_a_run_that_is_resumed_from_a_run_that_is_not_given_is_no_other_setting(
 
 
 def test_trainings_that_took_the_weights_of_different_runs_are_two_settings(tmp_path):
-    for place in ("ade", "cityscapes"):
+    places = ("ade", "cityscapes", "grid/window_4/seed0", "grid/window_8/seed0")
+    for number, place in enumerate(places):
         weights = {"model.network.weights_path": f"runs/{place}/version_0/checkpoints/best.ckpt"}
-        write_run(tmp_path / f"from_{place}" / "version_0", 0.5, config=weights)
+        write_run(tmp_path / f"from_{number}" / "version_0", 0.5, config=weights)
     (comparison,), problems = compared(tmp_path)
-    assert len(comparison.settings) == 2
+    assert len(comparison.settings) == 4
     assert problems == []
 
 

@@ -221,7 +221,7 @@ class LastCheckpoint(Checkpoint):
         """Ends the process if it was asked to, once everything about the last step is done.
 
         Raises:
-            SIGTERMException: With exit code 143.
+            SIGTERMException: With exit code 143, in the first process.
         """
         if not self.stopping or self.saved_step != trainer.global_step:
             return

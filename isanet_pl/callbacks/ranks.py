@@ -28,7 +28,7 @@ class RankWatch(pl.Callback):
     def __init__(self) -> None:
         self._ended = False
         # Now, at the start of the process: the first one may have died by the time of `setup`.
-        self._parent = os.getppid()
+        self._born = os.getpid(), os.getppid()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Starts to watch."""
@@ -37,9 +37,12 @@ class RankWatch(pl.Callback):
         if trainer.world_size == 1 or not isinstance(environment, LightningEnvironment):
             return
         children = getattr(strategy.launcher, "procs", [])
-        parent = self._parent if trainer.local_rank > 0 else None
+        process, parent = self._born
+        if process != os.getpid():  # a fork of the one that this was made in
+            parent = os.getppid()
         self._ended = False
-        arguments = children, parent, lambda: self._ended
+        watched = parent if trainer.local_rank > 0 else None
+        arguments = children, watched, lambda: self._ended
         threading.Thread(target=watch, args=arguments, name="rank-watch", daemon=True).start()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

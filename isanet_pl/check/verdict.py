@@ -140,7 +140,7 @@ def _outside_message(split: SplitFingerprint, num_classes: int) -> str:
         )
     elif codes == [num_classes] and 0 not in split.codes:
         fix = f"masks seem to count from 1 to {num_classes}: set --data.reduce_zero_label true"
-    elif codes == [num_classes]:
+    elif codes == [num_classes] and max(split.codes.keys() - {IGNORE}) == num_classes:
         own = ", ".join(f"{i}: {i}" for i in range(num_classes))
         fix = (
             f"masks hold 0 to {num_classes}, one value more than there are classes: if "

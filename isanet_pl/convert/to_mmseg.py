@@ -127,6 +127,8 @@ def model_config(trained: Trained) -> dict[str, Any]:
     arguments, inference = trained.network.arguments, trained.network.inference
     depth, stem_channels = RESNETS[arguments["backbone"]]
     multiple = inference.multiple_for(trained.network)
+    pads = inference.mode == "whole" and multiple > 1
+    padding = {"test_cfg": {"size_divisor": multiple}} if pads else {}
     test: dict[str, Any] = {"mode": inference.mode}
     if inference.mode == "slide":
         test |= {"crop_size": inference.crop_size, "stride": inference.steps}
@@ -139,7 +141,7 @@ def model_config(trained: Trained) -> dict[str, Any]:
             "bgr_to_rgb": True,
             "pad_val": 0,
             "seg_pad_val": 255,
-            "test_cfg": {"size_divisor": 1 if inference.mode == "slide" else multiple},
+            **padding,
         },
         "backbone": {
             "type": "ResNetV1c",
