@@ -32,8 +32,9 @@ MEASURED_ALIKE = ("model.inference.pad_multiple", "data.base_size", "data.label_
 """What an evaluation must have in common with the training's own for a score to have a column."""
 
 # What is said elsewhere: by the row's beginning, the start of the training, and the columns.
+# Of the last checkpoint, the times of validations change nothing.
 UNTOLD = ("config", "data", "data.root", "model.network.pretrained", "model.network.weights_path",
-          "trainer.max_steps")  # fmt: skip
+          "trainer.max_steps", "trainer.val_check_interval")  # fmt: skip
 
 
 @dataclass
