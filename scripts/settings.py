@@ -257,10 +257,10 @@ def _ended(run: Run) -> tuple[float, list[list[tuple[str, int]]]]:
 
 def _identify(run: Run, runs: Sequence[Run]) -> tuple[Run, Kind]:
     """Returns the training that a run is or evaluates, itself if that is unknown, and its kind."""
-    checkpoint = str(run.config.get("ckpt_path"))
-    training = owner(run.config.get("ckpt_path"), runs)
     if run.command == "fit":
         return run, find_kind(run.config, run.folder, start=_find_start(run))
+    checkpoint = str(run.config.get("ckpt_path"))
+    training = owner(run.config.get("ckpt_path"), runs)
     if training is None:
         return run, find_kind(run.config, run.folder, weights=checkpoint)
     weights, start = Path(checkpoint).name, _find_start(training)
