@@ -56,6 +56,22 @@ class SegmentationCLI(LightningCLI):
     resumed: Path | None = None
     """The folder of the run that goes on, if there is one."""
 
+    def __init__(self, *classes: Any, args: ArgsType = None, **options: Any) -> None:
+        self.given = sys.argv[1:] if args is None else args
+        super().__init__(*classes, args=args, **options)
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """Returns the parser of a command, without options where another command was given.
+
+        To add the options of all five takes half a second.
+        """
+        given = self.given[0] if isinstance(self.given, list) and self.given else None
+        if given == subcommand or given not in self.subcommands():
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.init_parser(**kwargs)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options of a run, and what flows from the data to the network."""
         add_run_options(parser)
@@ -68,7 +84,7 @@ class SegmentationCLI(LightningCLI):
         Raises:
             InputError: The file is no checkpoint.
         """
-        given = sys.argv[1:] if args is None else args
+        given = self.given
         if isinstance(given, list) and given and given[0] in TRAINED:
             given = with_config_of_checkpoint(given)
         self.config = (
