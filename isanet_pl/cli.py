@@ -56,9 +56,10 @@ class SegmentationCLI(LightningCLI):
     resumed: Path | None = None
     """The folder of the run that goes on, if there is one."""
 
-    def __init__(self, *classes: Any, args: ArgsType = None, **options: Any) -> None:
+    def __init__(self, *classes: Any, **options: Any) -> None:
+        args: ArgsType = options.get("args")
         self.given = sys.argv[1:] if args is None else args
-        super().__init__(*classes, args=args, **options)
+        super().__init__(*classes, **options)
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
