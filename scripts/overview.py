@@ -96,7 +96,8 @@ def find_label(command: str, folder: Path) -> str:
 def find_start(command: str, folder: Path) -> tuple[str | None, ...]:
     """Returns the weights that a training started from, the checkpoint of another one last.
 
-    That one is told from the training itself by its name alone.
+    That one is told from the training itself by its name alone, and from the weights of a backbone
+    by its ending.
 
     Args:
         command: Of the training.
@@ -104,9 +105,12 @@ def find_start(command: str, folder: Path) -> tuple[str | None, ...]:
     """
     options = dict(read_options(command))
     names = ("model.network.weights_path", "model.network.pretrained")
+    weights, pretrained = (options.get(name) for name in names)
     checkpoint = options.get("ckpt_path")
     other = checkpoint if checkpoint and not is_of(checkpoint, folder) else None
-    return *(options.get(name) for name in names), other
+    if other is None and weights is not None and Path(weights).suffix == ".ckpt":
+        other = weights
+    return weights, pretrained, other
 
 
 def find_column(split: str, config: Mapping[str, Any], trained: Mapping[str, Any]) -> str | None:

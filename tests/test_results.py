@@ -239,6 +239,17 @@ def test_a_training_that_starts_from_another_one_has_a_row_of_its_own(place):
     }
 
 
+@pytest.mark.parametrize(
+    ("weights", "label"),
+    [("w/resnet18.pth", "isa"), ("a/converted.ckpt", "isa, from a/converted.ckpt")],
+)
+def test_a_training_that_starts_from_a_whole_network_says_so(place, weights, label):
+    options = f"--config a/isa.yaml --model.network.weights_path {weights}"
+    write_run(place / "runs" / "isa" / "version_0", 0.9, options=options)
+    [row] = overview_of(place)
+    assert row["training"] == label
+
+
 def test_the_overview_gives_the_mean_time(place):
     for seed, seconds in enumerate((60, 180)):
         folder = write_run(place / "runs" / f"seed{seed}", 0.5, seed, options="--config a")
