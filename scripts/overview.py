@@ -104,13 +104,11 @@ def find_start(command: str, folder: Path) -> tuple[str | None, ...]:
         folder: Of its run.
     """
     options = dict(read_options(command))
-    names = ("model.network.weights_path", "model.network.pretrained")
-    weights, pretrained = (options.get(name) for name in names)
-    checkpoint = options.get("ckpt_path")
+    weights, checkpoint = options.get("model.network.weights_path"), options.get("ckpt_path")
     other = checkpoint if checkpoint and not is_of(checkpoint, folder) else None
     if other is None and weights is not None and Path(weights).suffix == ".ckpt":
         other = weights
-    return weights, pretrained, other
+    return weights, options.get("model.network.pretrained"), other
 
 
 def find_column(split: str, config: Mapping[str, Any], trained: Mapping[str, Any]) -> str | None:
