@@ -74,11 +74,25 @@ def draw_panels(
     ]
     if any(bool((truth == IGNORE).any()) for _, truth, _ in rows):
         handles.append(Patch(facecolor="0.8", edgecolor="0.5", hatch="xxxx", label="ignored"))
-    legend_rows = math.ceil(len(handles) / 6)
-    columns = 3
-    size = (columns * 3.2, len(rows) * 3.2 * height / width + 0.35 + 0.25 * legend_rows)
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
+    # In inches; all sizes are known, and matplotlib would take as long to find them as to draw.
+    columns, wide, gap = 3, 3.14, 0.06
+    tall, titles, legend = wide * height / width, 0.24, 0.12 + 0.18 * math.ceil(len(handles) / 6)
+    full_width = columns * (wide + gap) + gap
+    full_height = titles + len(rows) * (tall + gap) + legend
+    figure = Figure(figsize=(full_width, full_height), dpi=100)
+    axes = figure.subplots(
+        len(rows),
+        columns,
+        squeeze=False,
+        gridspec_kw={
+            "left": gap / full_width,
+            "right": 1 - gap / full_width,
+            "bottom": (legend + gap) / full_height,
+            "top": 1 - titles / full_height,
+            "wspace": gap / wide,
+            "hspace": gap / tall,
+        },
+    )
     for i, (image, truth, prediction) in enumerate(rows):
         pictures = (
             image.permute(1, 2, 0).cpu().numpy(),
@@ -94,7 +108,7 @@ def draw_panels(
                 axis.set_title(title, fontsize=9)
     figure.legend(
         handles=handles,
-        loc="outside lower center",
+        loc="lower center",
         ncols=min(6, len(handles)),
         fontsize=8,
         frameon=False,
