@@ -111,10 +111,10 @@ class SegmentationTrainer(pl.Trainer):
             "multiples": list(multiples),
             "normalise": normalise,
         }
-        program = trace(fuse_for_inference(network), size, dynamic, normalise == "inside")
         real = [] if images is None else _read_images(Path(images), size, num_calibration)
         inputs = [torch.randint(256, (2, 3, *size), dtype=torch.uint8), *real[:NUM_REAL]]
         with _checked_first(target) as file:
+            program = trace(fuse_for_inference(network), size, dynamic, normalise == "inside")
             if target.suffix == ".onnx":
                 write_onnx(program, file, metadata)
                 if int8:
@@ -203,6 +203,8 @@ def _check_options(
         )
     if int8 and (target.suffix != ".onnx" or images is None):
         raise InputError("--int8 true needs an .onnx file and --images DIR to calibrate with")
+    if target.suffix == ".onnx":
+        require_onnx()
 
 
 def trace(network: ISANet, size: Sequence[int], dynamic: bool, normalise: bool) -> ExportedProgram:
@@ -239,7 +241,6 @@ def trace(network: ISANet, size: Sequence[int], dynamic: bool, normalise: bool) 
 
 def write_onnx(program: ExportedProgram, target: Path, metadata: Mapping[str, Any]) -> None:
     """Writes an ONNX file, complete in itself, that says what it is."""
-    require_onnx()
     onnx_program = torch.onnx.export(
         program, input_names=["image"], output_names=["logits"], dynamo=True, verbose=False
     )
