@@ -52,6 +52,18 @@ def resolve(*arguments):
     return leaves(yaml.safe_load(printed.getvalue()))
 
 
+@cache
+def small_networks():
+    """Returns the arguments of the networks of all configs, each once, with a small backbone."""
+    small = {"backbone": "resnet18", "pretrained": False, "weights_path": None}
+    found = []
+    for path in CONFIGS.glob("*.yaml"):
+        network = read(path)["model"]["network"] | small
+        if network not in found:
+            found.append(network)
+    return found
+
+
 def fit_with(*paths):
     return "fit", *(part for path in paths for part in ("--config", str(path)))
 
@@ -79,11 +91,9 @@ def test_overlay_takes_a_step_over_the_quick_start(overlay):
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
 def test_overlay_builds_a_network_over_every_config(overlay):
     changed = read(overlay).get("model", {}).get("network", {})
-    networks = [read(path)["model"]["network"] for path in CONFIGS.glob("*.yaml")]
-    for network in networks:
-        small = {"backbone": "resnet18", "pretrained": False, "weights_path": None}
+    for network in small_networks():
         with torch.device("meta"):
-            ISANet(5, **{**network, **changed, **small})
+            ISANet(5, **{**network, **changed})
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)

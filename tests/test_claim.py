@@ -17,6 +17,7 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 def test_both_stages_together_find_the_lamp(tmp_path):
     options = {
         "--seed_everything": 1,
+        "--data.batch_size": 8,
         "--data.num_workers": 0,
         "--trainer.max_steps": 200,
         "--trainer.val_check_interval": 200,
@@ -25,5 +26,5 @@ def test_both_stages_together_find_the_lamp(tmp_path):
     }
     arguments = [str(part) for pair in options.items() for part in pair]
     trainer = main(["fit", "--config", str(QUICKSTART), *arguments]).trainer
-    # 0.91; whoever finds the balls and guesses their class has 0.24.
+    # 0.88; whoever finds the balls and guesses their class has 0.24.
     assert float(trainer.callback_metrics["val/miou"]) > 0.8

@@ -1,6 +1,7 @@
 """Exported files: the same answers as the network's, also through the command line."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from isanet_pl.checkpoints import config_of
 from isanet_pl.cli import main
 from isanet_pl.errors import InputError
 from isanet_pl.export import _read_images, size_multiples
-from isanet_pl.exported import OnnxNetwork, read_metadata
+from isanet_pl.exported import METADATA, OnnxNetwork, read_metadata
 from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
 from isanet_pl.pixels import rgb_pixels
@@ -46,6 +47,14 @@ def fixed(checkpoint, tmp_path_factory):
         patch.setattr(sys, "argv", ["isanet-pl"])
         export(checkpoint, path, "--size", "[24, 40]")
     return path
+
+
+@pytest.fixture
+def written(fixed, monkeypatch):
+    """Takes the seconds out of tests of what happens once an ONNX file is written."""
+    monkeypatch.setattr(
+        "isanet_pl.export.write_onnx", lambda program, file, metadata: shutil.copy(fixed, file)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +132,13 @@ def test_a_file_of_one_size_pads_by_itself(tmp_path):
     assert (tmp_path / "out" / "masks" / "b.png").is_file()
 
 
-def test_torch_export_archive(checkpoint, tmp_path):
-    export(checkpoint, tmp_path / "a.pt2", "--size", "[32, 48]", "--dynamic", "true")
+def test_a_dynamic_archive_of_one_window_takes_more(checkpoint, tmp_path):
+    export(checkpoint, tmp_path / "a.pt2", "--size", "[16, 48]", "--dynamic", "true")
     files = {"isanet_pl.json": ""}
     program = torch.export.load(tmp_path / "a.pt2", extra_files=files).module()
-    image = images(48, 64, count=2)
-    assert close(program(image), eager(checkpoint, image))
+    for size in ((16, 16), (16, 64), (48, 32)):
+        image = images(*size, count=2)
+        assert close(program(image), eager(checkpoint, image))
     assert json.loads(files["isanet_pl.json"])["class_names"] == list(NAMES)
 
 
@@ -169,6 +179,7 @@ def test_export_says_how_the_file_compares(checkpoint, tmp_path, capsys):
     assert "latency of one 24x40 image" in out
 
 
+@pytest.mark.usefixtures("written")
 def test_a_file_that_answers_otherwise_is_refused(checkpoint, tmp_path, monkeypatch):
     from isanet_pl import export as module
 
@@ -181,6 +192,7 @@ def test_a_file_that_answers_otherwise_is_refused(checkpoint, tmp_path, monkeypa
         assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("written")
 def test_a_file_that_does_not_run_is_refused(checkpoint, tmp_path, monkeypatch):
     def run(x):
         raise RuntimeError("Reshape node")
@@ -189,13 +201,6 @@ def test_a_file_that_does_not_run_is_refused(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"a\.onnx does not run on \(2, 3, 24, 40\): Reshape"):
         export(checkpoint, tmp_path / "a.onnx", "--size", "[24, 40]")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_dynamic_file_of_one_window_takes_more(checkpoint, tmp_path):
-    export(checkpoint, tmp_path / "a.onnx", "--size", "[16, 48]", "--dynamic", "true")
-    for size in ((16, 16), (16, 64), (48, 32)):
-        image = images(*size)
-        assert close(run_onnx(tmp_path / "a.onnx", image), eager(checkpoint, image))
 
 
 def test_ceil_mode_is_exported_for_one_size(tmp_path):
@@ -209,10 +214,18 @@ def test_ceil_mode_is_exported_for_one_size(tmp_path):
 def test_a_file_smaller_than_the_windows_of_its_checkpoint_has_its_own(tmp_path):
     windows = {"mode": "slide", "crop_size": (65, 65), "stride": (33, 33)}
     path = write_checkpoint(tmp_path / "slide.ckpt", inference=windows)
-    for size, window, stride in (((32, 128), [32, 128], None), ((80, 80), [65, 65], [33, 33])):
-        export(path, tmp_path / "a.onnx", "--size", list(size))
-        saved = config_of(tmp_path / "a.onnx", "predict")["model"]["inference"]
-        assert (saved["crop_size"], saved["stride"]) == (window, stride)
+    export(path, tmp_path / "a.onnx", "--size", "[32, 128]")
+    assert windows_of(tmp_path / "a.onnx") == ([32, 128], None)
+    model = onnx.load(tmp_path / "a.onnx")
+    [own] = [prop for prop in model.metadata_props if prop.key == METADATA]
+    own.value = json.dumps({**json.loads(own.value), "size": [80, 80]})
+    onnx.save(model, tmp_path / "b.onnx")
+    assert windows_of(tmp_path / "b.onnx") == ([65, 65], [33, 33])
+
+
+def windows_of(path):
+    inference = config_of(path, "predict")["model"]["inference"]
+    return inference["crop_size"], inference["stride"]
 
 
 def test_a_place_that_cannot_be_written_is_named(checkpoint, tmp_path):
