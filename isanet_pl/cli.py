@@ -59,6 +59,7 @@ class SegmentationCLI(LightningCLI):
     def __init__(self, *classes: Any, **options: Any) -> None:
         args: ArgsType = options.get("args")
         self.given = sys.argv[1:] if args is None else args
+        self.command = self.given[0] if isinstance(self.given, list) and self.given else None
         super().__init__(*classes, **options)
 
     def _prepare_subcommand_parser(
@@ -68,8 +69,7 @@ class SegmentationCLI(LightningCLI):
 
         To add the options of all five takes half a second.
         """
-        given = self.given[0] if isinstance(self.given, list) and self.given else None
-        if given == subcommand or given not in self.subcommands():
+        if self.command == subcommand or self.command not in self.subcommands():
             return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         return self.init_parser(**kwargs)
 
@@ -86,7 +86,7 @@ class SegmentationCLI(LightningCLI):
             InputError: The file is no checkpoint.
         """
         given = self.given
-        if isinstance(given, list) and given and given[0] in TRAINED:
+        if isinstance(given, list) and self.command in TRAINED:
             given = with_config_of_checkpoint(given)
         self.config = (
             parser.parse_args(given) if isinstance(given, list) else parser.parse_object(given)
@@ -213,6 +213,12 @@ class SegmentationCLI(LightningCLI):
                 f"--trainer.devices {config.trainer.devices} --trainer.num_nodes "
                 f"{config.trainer.num_nodes} are a single one: give as many devices as a machine "
                 "has processes"
+            )
+        if trainer.world_size > 1 and trainer._val_check_time_interval is not None:  # type: ignore[attr-defined]
+            raise InputError(
+                f"trainer.val_check_interval {config.trainer.val_check_interval}: with several "
+                "devices, give a number of steps; each would look at its own clock, and they "
+                "would wait for each other"
             )
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

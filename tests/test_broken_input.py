@@ -296,7 +296,9 @@ HANDLED = [
 )
 def test_unusual_images_are_seen_as_they_are_shown(place, change, tolerance):
     change(place)
-    data = main(arguments(place, "fit", ("--trainer.max_steps", 1))).datamodule
+    # Without training, which sees what the data set hands out.
+    data = main(arguments(place, "fit", ())[1:], run=False).datamodule
+    data.setup("fit")
     samples = [data._datasets["val"][index] for index in range(3)]
     named = [s for s in samples if not s["name"].endswith(("scene1.png", "scene2.png"))]
     assert len(named) == 1
@@ -667,6 +669,11 @@ ENVIRONMENT = [
         ("--data.crop_size", "[3000000, 3000000]"),
         ("out of memory", "--data.crop_size '[2250000, 2250000]'", "--trainer.precision bf16"),
     ),
+    (
+        "a clock for each of two processes",
+        ("--trainer.devices", "2", "--trainer.val_check_interval", "00:00:15:00"),
+        ("trainer.val_check_interval", "give a number of steps"),
+    ),
 ]
 
 
@@ -840,6 +847,26 @@ def test_the_program_ends_with_one_message_and_exit_code_2(
     _, message = error.split("isanet-pl: error: ")
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(("error", "code"), [(InputError("a file"), 2), (KeyError("a bug"), 1)])
+def test_one_of_several_processes_ends_at_once(error, code, monkeypatch, capsys):
+    """Python's exit would wait for the others, where they are on GPUs."""
+
+    def leave(code):
+        raise SystemExit(f"left with {code}")
+
+    def fail_to_run():
+        raise error
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr("isanet_pl.__main__.main", fail_to_run)
+    with pytest.raises(SystemExit, match=f"left with {code}"):
+        run()
+    said = capsys.readouterr().err
+    assert str(error) in said
+    assert ("Traceback" in said) == (code == 1)
 
 
 def test_each_of_two_processes_ends_with_one_message_and_exit_code_2(place):
