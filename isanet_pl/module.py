@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 # What the convs of a network compute in, by the trainer's precision.
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+STATEFUL = ("amsgrad", "centered", "fused", "capturable")
+"""Options of PyTorch's optimisers that their state goes with."""
 
 
 class SegmentationModule(pl.LightningModule):
@@ -207,6 +209,11 @@ class SegmentationModule(pl.LightningModule):
         """
         gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
         norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+        if self.trainer.precision == "16-mixed" and hasattr(
+            optimizer, "_step_supports_amp_scaling"
+        ):
+            precision: Any = self.trainer.precision_plugin
+            norm = norm / precision.scaler.get_scale()  # its step unscales
         self.log("train/grad_norm", norm)
         # A variance may overflow under a loss that does not, and would never recover.
         statistics = dict(self.named_buffers())
@@ -346,12 +353,22 @@ class SegmentationModule(pl.LightningModule):
         }
 
     def on_train_start(self) -> None:
-        """Gives the optimiser the config's settings; those of a checkpoint came with its state."""
+        """Gives the optimiser the config's settings; those of a checkpoint came with its state.
+
+        Raises:
+            InputError: The state of the checkpoint's optimiser is not of these settings.
+        """
         schedule = self.trainer.lr_scheduler_configs[0].scheduler
         assert isinstance(schedule, LambdaLR)
         schedule.base_lrs = [own["lr"] for own in self._settings]
         groups = zip(schedule.optimizer.param_groups, self._settings, strict=True)
         for (group, own), factor in zip(groups, schedule.lr_lambdas, strict=True):
+            for name in STATEFUL:
+                if bool(group.get(name)) != bool(own.get(name)):
+                    raise InputError(
+                        f"model.optimizer: {name} was {group.get(name)} in the checkpoint, whose "
+                        f"state cannot be used with {own.get(name)}; go on with the same"
+                    )
             group.update(own, initial_lr=own["lr"], lr=own["lr"] * factor(schedule.last_epoch))
 
     def _images_of_a_step(self) -> StepImages:

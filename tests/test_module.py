@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+from conftest import fails_naming
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -350,6 +351,18 @@ def test_on_going_on_the_optimisers_settings_are_those_of_the_config(tmp_path):
         assert all("momentum_buffer" in trainer.optimizers[0].state[p] for p in group["params"])
 
 
+def test_on_going_on_the_optimisers_state_must_go_with_its_settings(tmp_path):
+    def adam(**options):
+        return make_module(lambda p: torch.optim.AdamW(p, lr=0.01, **options))
+
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(adam(), make_loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    trainer = make_trainer(tmp_path, max_steps=4)
+    with fails_naming("amsgrad was False", "with True"):
+        trainer.fit(adam(amsgrad=True), make_loader(), ckpt_path=tmp_path / "a.ckpt")
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_precisions_train(tmp_path, precision):
     module, computed = make_module(), set()
@@ -379,6 +392,22 @@ def test_an_overflow_of_16_mixed_is_left_to_its_scaler(monkeypatch):
     module.network.backbone.net.bn1.running_var.fill_(torch.inf)  # nothing would repair that
     with pytest.raises(InputError, match="statistic is not finite"):
         module.on_before_optimizer_step(None)
+
+
+def test_the_norm_is_that_of_the_gradient_where_a_fused_step_unscales_it(monkeypatch):
+    module, logged = make_module(), {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
+    scaler = SimpleNamespace(get_scale=lambda: 1024.0)
+    module.trainer = SimpleNamespace(
+        precision="16-mixed", global_step=3, precision_plugin=SimpleNamespace(scaler=scaler)
+    )
+    weight = module.network.classifier.weight
+    weight.grad = torch.full_like(weight, 1024.0)
+    expected = weight.numel() ** 0.5
+    fused = torch.optim.AdamW([weight], fused=True)
+    for optimizer, scale in ((fused, 1), (torch.optim.AdamW([weight]), 1024)):
+        module.on_before_optimizer_step(optimizer)
+        assert float(logged["train/grad_norm"]) == pytest.approx(scale * expected)
 
 
 def test_synchronised_norms_are_frozen_folded_and_evaluated_as_others(monkeypatch):
