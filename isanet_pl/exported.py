@@ -15,6 +15,7 @@ METADATA = "isanet_pl"
 """Key of what a file says of itself."""
 
 Run = Callable[[Tensor], Tensor]
+CPU = torch.device("cpu")
 
 
 def require_onnx() -> None:
@@ -33,12 +34,13 @@ def require_onnx() -> None:
         ) from error
 
 
-def onnx_runner(target: Path, fast: bool = False) -> Run:
+def onnx_runner(target: Path, device: torch.device = CPU) -> Run:
     """Returns a function from inputs to logits, of an ONNX file.
 
     Args:
         target: The file.
-        fast: Compute on a GPU, where onnxruntime has been built for one, and not on the CPU.
+        device: Compute on this GPU, where onnxruntime has been built for them. Inputs and logits
+            are on the CPU.
     """
     require_onnx()
     import onnxruntime
@@ -46,9 +48,10 @@ def onnx_runner(target: Path, fast: bool = False) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     providers: list[Any] = ["CPUExecutionProvider"]
-    if fast and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+    if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         # Not in TF32, which is its default, and changes the third digit of the logits.
-        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": 0}))
+        chosen = {"use_tf32": 0, "device_id": device.index or 0}
+        providers.insert(0, ("CUDAExecutionProvider", chosen))
     session = onnxruntime.InferenceSession(str(target), options, providers=providers)
     return lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
 
@@ -80,7 +83,8 @@ class OnnxNetwork(nn.Module):
         for name in ("mean", "std"):
             values = torch.tensor(arguments[name]).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)
-        self.run = onnx_runner(path, fast=True)
+        self.path = path
+        self.run: Run | None = None
 
     def normalise(self, image: Tensor) -> Tensor:
         """Returns normalised images, float (N, 3, H, W), of uint8 ones."""
@@ -103,6 +107,8 @@ class OnnxNetwork(nn.Module):
         x = F.pad(x, (0, width - w, 0, height - h)).cpu()
         if self.inside:
             x = (x * self.std.cpu() + self.mean.cpu()).round().clamp(0, 255).to(torch.uint8)
+        if self.run is None:  # only now it is known on which device
+            self.run = onnx_runner(self.path, self.mean.device)
         logits = self.run(x.contiguous())[:, :, :h, :w]
         return {"out": logits.to(self.mean.device)}
 
