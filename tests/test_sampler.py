@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -269,6 +270,15 @@ def test_a_new_fit_starts_a_new_stream(five):
     torch.manual_seed(6)
     data.setup("fit")
     assert data.state_dict() == {"seed": 6, "draw": 0}
+
+
+def test_processes_share_one_stream_whatever_their_seeds(five):
+    """As with `--seed_everything false`, where each has one of its own."""
+    data = make_data(five)
+    first = SimpleNamespace(broadcast=lambda seed: 7)
+    data.trainer = SimpleNamespace(global_rank=1, world_size=2, strategy=first)
+    data.setup("fit")
+    assert data.state_dict() == {"seed": 7, "draw": 0}
 
 
 def test_evaluation_has_no_position(five):

@@ -224,8 +224,12 @@ class SegmentationDataModule(pl.LightningDataModule):
                     f"the train split has {len(train)} images, fewer than one batch of {batch}: "
                     f"set --data.batch_size {len(train) // num_ranks} or less"
                 )
-            # A checkpoint, which is read later, may set another.
-            self._position = Position(torch.initial_seed())
+            # With `--seed_everything false` each process has one of its own. A checkpoint, which
+            # is read later, may set another.
+            seed = torch.initial_seed()
+            if self.trainer is not None:
+                seed = self.trainer.strategy.broadcast(seed)
+            self._position = Position(seed)
         if stage == "predict":
             if self.predict_dir is None:
                 raise InputError("predict needs a folder of images: --data.predict_dir DIR")
