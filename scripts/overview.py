@@ -174,9 +174,11 @@ def _add(training: Training, split: str, measured: Run) -> None:
     assert training.run.result is not None
     assert measured.result is not None
     step, last = measured.result.step or 0, training.run.result.step or 0
-    if step < last:  # the best on val is no other's last
+    if step < max(last, training.step):  # the best on val is no other's last
         return
-    training.step = max(step, training.step)  # no validation need come after the last step
+    if step > training.step:  # no validation need come after the last step
+        training.scores.clear()
+    training.step = step
     if split == "val" and training.run.config.get("data.train_on_val"):
         return
     column = find_column(split, measured.config, training.run.config)

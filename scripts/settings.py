@@ -196,16 +196,17 @@ def find_settings(
     """
     groups: dict[str, _Group] = {}
     identified = [(run, *_identify(run, runs)) for run in members]
-    known: dict[str, set[str]] = {}  # options that all runs of a cell have
-    for _, _, kind in identified:
-        known[kind.cell] = known.get(kind.cell, set(kind.config)) & kind.config.keys()
+    known: dict[tuple[Path, str], set[str]] = {}  # options that all runs of a grid's cell have
+    for _, training, kind in identified:
+        cell = _cell(training, kind)
+        known[cell] = known.get(cell, set(kind.config)) & kind.config.keys()
     for run, training, kind in identified:
         # An older config lacks newer options, whose null changes nothing. In a cell of a grid they
         # had their defaults: `ablate.py` has seen to it.
         chosen = {
             key: value
             for key, value in kind.config.items()
-            if value is not None and (not kind.cell or key in known[kind.cell])
+            if value is not None and (not kind.cell or key in known[_cell(training, kind)])
         }
         # Paths are compared by their ends: the cells of a grid differ even where these do not.
         key = json.dumps([kind.cell, chosen], sort_keys=True, default=str)
@@ -230,6 +231,11 @@ def find_settings(
             groups.values(), find_labels(kinds), differences, strict=True
         )
     ]
+
+
+def _cell(training: Run, kind: Kind) -> tuple[Path, str]:
+    """Returns the folder of the grid that a training may be of, and its cell there."""
+    return training.folder.parents[2] if kind.cell else Path(), kind.cell
 
 
 def _other_places(first: tuple[Run, Run], then: tuple[Run, Run]) -> Iterator[str]:

@@ -249,17 +249,25 @@ FOLDER = {"data.class_path": "isanet_pl.data.SegmentationFolder"}
     ],
 )
 def test_titles_tell_data_of_one_class_apart(root, other, more, told_apart, tmp_path):
+    write_two_data_sets(tmp_path, root, other, more)
+    titles = {c.title for c in compared(tmp_path / "runs")[0]}
+    assert titles == {f"SegmentationFolder ({w}) val at the end of training" for w in told_apart}
+
+
+def test_pictures_of_data_told_apart_are_files_of_their_own(tmp_path):
+    write_two_data_sets(tmp_path, "a/my data", "b/my-data", {"sky": 0.5})
+    assert report(tmp_path / "runs", "--output", tmp_path / "out") == 0
+    # Of each: scores, classes, curves, cost and two panels.
+    assert len(list((tmp_path / "out").glob("*.png"))) == 12
+
+
+def write_two_data_sets(tmp_path, root, other, more):
     for name, place, scores in (("a", root, {}), ("b", other, more)):
         for kind in ("isa", "none"):
             config = {**FOLDER, **context(kind), "data.init_args.root": place}
             write_run(
                 tmp_path / "runs" / f"{name}_{kind}" / "version_0", 0.5, config=config, **scores
             )
-    titles = {c.title for c in compared(tmp_path / "runs")[0]}
-    assert titles == {f"SegmentationFolder ({w}) val at the end of training" for w in told_apart}
-    assert report(tmp_path / "runs", "--output", tmp_path / "out") == 0
-    # Of each: scores, classes, curves, cost and two panels.
-    assert len(list((tmp_path / "out").glob("*.png"))) == 12
 
 
 def test_other_evaluations_leave_a_title_as_it_is(tmp_path):
@@ -483,6 +491,16 @@ def test_weights_are_told_apart_by_the_trainings_and_not_by_their_evaluations(tm
         write_run(tmp_path / f"test{seed}" / "version_0", 0.4, command="test", config=config)
     (_, tested), problems = compared(tmp_path)
     assert [sorted(setting.runs) for setting in tested.settings] == [["0", "1"]]
+    assert problems == []
+
+
+def test_a_grid_that_lacks_an_option_does_not_take_it_from_another(tmp_path):
+    for grid, config in (("old", {}), ("new", {"data.train_on_val": True})):
+        for seed in (0, 1):
+            run = tmp_path / grid / "base" / f"seed{seed}" / "version_0"
+            write_run(run, 0.5, seed, config=config)
+    [comparison], problems = compared(tmp_path)
+    assert [len(setting.runs) for setting in comparison.settings] == [2, 2]
     assert problems == []
 
 

@@ -319,6 +319,14 @@ def test_the_overview_has_no_val_score_of_a_training_on_val(place):
     assert row["steps"] == "25"  # after the last validation
 
 
+def test_a_row_of_the_overview_is_of_one_step(place):
+    trained = write_run(place / "runs" / "isa" / "version_0", 0.7, options="--config a")
+    evaluate(place / "runs" / "before" / "version_0", 0.5, trained)  # as the last validation
+    evaluate(place / "runs" / "last" / "version_0", 0.6, trained, step=25)
+    [row] = overview_of(place)
+    assert (row["steps"], row["val"], row["test"]) == ("25", "-", "**60.00**")
+
+
 def test_the_overview_sees_how_a_training_validates(place):
     write_run(place / "runs" / "isa" / "version_0", 0.9, config=FIELD, options="--config a")
     [row] = overview_of(place)
