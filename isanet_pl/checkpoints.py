@@ -135,6 +135,12 @@ def _names_data(config: Mapping[str, Any]) -> bool:
     return isinstance(data, str) or (isinstance(data, dict) and "class_path" in data)
 
 
+def _describes_network(config: Mapping[str, Any]) -> bool:
+    """Returns whether a config says what network to build, perhaps in a file of its own."""
+    model = config.get("model")
+    return isinstance(model, str) or (isinstance(model, dict) and "network" in model)
+
+
 def _sets_base_size(config: Mapping[str, Any]) -> bool:
     data = config.get("data")
     if not isinstance(data, dict):
@@ -155,7 +161,7 @@ def with_config_of_checkpoint(args: list[str]) -> list[str]:
     given = [_read_config(text) for text in _values_of(args, "--config", "-c")]
     paths = _values_of(args, "--ckpt_path")
     paths = paths or [str(config["ckpt_path"]) for config in given if config.get("ckpt_path")]
-    if not paths or any("model" in config for config in given):
+    if not paths or any(map(_describes_network, given)):
         return args
     config = config_of(paths[0], args[0])
     named = "--data" in options or any(map(_names_data, given))

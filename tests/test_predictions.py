@@ -532,18 +532,21 @@ def test_options_of_the_data_and_the_checkpoint_may_stand_in_a_file(photos, tmp_
 
 
 def test_options_in_a_file_leave_the_checkpoint_its_network(photos, tmp_path):
-    path = write_checkpoint(tmp_path / "a.ckpt")
-    (tmp_path / "more.yaml").write_text("predictions: {probabilities: true}\n")
+    path = write_checkpoint(tmp_path / "a.ckpt", inference={"base_size": [40, 20]})
+    own = "predictions: {probabilities: true}\nmodel: {inference: {flip: true}}\n"
+    (tmp_path / "more.yaml").write_text(own)
     arguments = ["predict", "--config", str(tmp_path / "more.yaml"), "--ckpt_path", str(path)]
     arguments += ["--data.predict_dir", str(photos), "--output", str(tmp_path / "out")]
-    main([*arguments, "--data.num_workers", "0", "--trainer.accelerator", "cpu"])
+    cli = main([*arguments, "--data.num_workers", "0", "--trainer.accelerator", "cpu"])
     assert any((tmp_path / "out" / "probabilities").iterdir())
+    assert cli.model.inference.flip is True
+    assert tuple(cli.model.inference.base_size) == (40, 20)
 
 
 def test_a_config_of_a_network_is_taken_instead_of_the_checkpoints(tmp_path):
     path = write_checkpoint(tmp_path / "a.ckpt")
     (tmp_path / "whole.yaml").write_text("model: {network: {context: none}}\n")
-    for config in (["-c", str(tmp_path / "whole.yaml")], ["--config={model: {}}"]):
+    for config in (["-c", str(tmp_path / "whole.yaml")], ["--config={model: whole.yaml}"]):
         arguments = ["predict", *config, "--ckpt_path", str(path)]
         assert with_config_of_checkpoint(arguments) == arguments
 

@@ -198,7 +198,10 @@ class ISANet(nn.Module):
             nn.init.zeros_(classifier.bias)
 
         if pretrained and weights_path is not None:
-            raise ValueError("give either pretrained: true or weights_path, not both")
+            raise ValueError(
+                "weights_path takes the place of ImageNet's weights: with it, set pretrained to "
+                "false (--model.network.pretrained false)"
+            )
         if weights_path is not None:
             self.load_file(weights_path)
         if pretrained:
