@@ -46,7 +46,7 @@ def test_commands_parse(command, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["isanet-pl"])
     stand_ins = {"my.yaml": "configs/quickstart.yaml"}
     arguments = [
-        str(checkpoint) if part.endswith("best.ckpt") else stand_ins.get(part, part)
+        str(checkpoint) if part.endswith(".ckpt") else stand_ins.get(part, part)
         for part in command[1:]
     ]
     with pytest.raises(SystemExit) as stop:
@@ -112,13 +112,17 @@ def test_named_files_exist(path):
 
 
 def test_python_examples_run(tmp_path, monkeypatch):
-    write_checkpoint(tmp_path / "best.ckpt")
-    Image.new("RGB", (40, 24)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["isanet-pl"])
+    path = write_checkpoint(tmp_path / "best.ckpt")
+    export = ("--path", str(tmp_path / "model.onnx"), "--size", "[32, 48]")
+    main(["export", "--ckpt_path", str(path), "--trainer.accelerator", "cpu", *export])
+    Image.new("RGB", (40, 24)).save(tmp_path / "photo.jpg")
     names = {}
     for block in re.findall(r"```python\n(.*?)```", TEXT, re.S):
         exec(block, names)
     assert names["mask"].shape == (24, 40)
+    assert names["classes"].shape == (32, 48)
     assert names["context"].shape == (2, 512, 65, 129)
 
 
