@@ -38,7 +38,7 @@ from isanet_pl.models.context import (
     PyramidPooling,
     RecurrentCrissCross,
 )
-from isanet_pl.models.layers import conv_bn_relu
+from isanet_pl.models.layers import SameConv, conv_bn_relu
 from isanet_pl.models.plain import plain_forward
 
 WIDTHS = (256, 512, 512)  # key, value, output
@@ -120,6 +120,9 @@ def is_plain(name: str) -> bool:
 def prepare(name: str, module: nn.Module, x: Tensor, train: bool) -> tuple[nn.Module, Tensor]:
     """Returns a head and its input as they are run."""
     if is_plain(name):
+        for conv in module.modules():
+            if isinstance(conv, SameConv):  # whose gradients are this project's
+                conv.__class__ = nn.Conv2d
         return module.train(train), x
     x = x.contiguous(memory_format=torch.channels_last)
     module = module if train else fuse_for_inference(module)

@@ -104,7 +104,8 @@ def stop(process: subprocess.Popen[str], kind: str, part: Path) -> None:
 def run_until_stopped(folder: Path, steps: int, number: int) -> int | None:
     """Starts or resumes the run and stops it; returns the exit code, None if it ended before."""
     # Every kind with every number of workers.
-    kind, workers = KINDS[number % len(KINDS)], WORKERS[number // len(KINDS) % len(WORKERS)]
+    kind = KINDS[number % len(KINDS)]
+    workers = WORKERS[(number + number // len(KINDS)) % len(WORKERS)]
     part = folder / "stopped" / "version_0" / "checkpoints" / "last.ckpt.part"
     process, lines, seen = start(folder, "stopped", steps, workers), [], 0
     # The first start is stopped after its first checkpoint, that of step 3: before it, there is no

@@ -281,11 +281,11 @@ def test_a_stopped_grid_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert first.returncode == 1
     killed_at = torch.load(last, weights_only=True)["global_step"]
 
-    # Ctrl-C ends both.
+    # What ends the grid ends the run.
     written = last.stat().st_mtime_ns
     second = start(tmp_path, "--seeds", 0)
     wait_for(lambda: last.stat().st_mtime_ns > written)
-    second.send_signal(signal.SIGINT)
+    second.send_signal(signal.SIGTERM)
     assert "the same command goes on" in second.communicate(timeout=60)[0]
     assert second.returncode == 130
     assert not is_locked(log)  # nothing of it lives on
@@ -457,16 +457,28 @@ def test_a_process_has_its_share_and_all_of_it_is_killed_in_the_end(tmp_path, mo
         wait_for(lambda: os.killpg(int(group), 0), 10)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_grid_that_is_told_to_end_stops_its_runs(tmp_path, number):
-    write_base(tmp_path, max_steps=10_000, val_check_interval=5_000)
-    log = tmp_path / "runs" / "ablation_tiny" / "base" / "seed0.log"
-    grid = start(tmp_path, "--seeds", 0)
-    wait_for(lambda: log.is_file() and log.stat().st_size > 0)
-    grid.send_signal(number)
-    assert "the same command goes on" in grid.communicate(timeout=60)[0]
-    assert grid.returncode == 130
-    assert not is_locked(log)
+@pytest.fixture
+def signals():
+    """Restores what this process does when it is told to end."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_grid_is_told_to_end_as_by_ctrl_c(number, before):
+    from ablate import end_as_on_ctrl_c
+
+    signal.signal(number, before)
+    end_as_on_ctrl_c()
+    if number == signal.SIGHUP and before == signal.SIG_IGN:
+        os.kill(os.getpid(), number)  # under nohup
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
 
 
 def test_a_run_without_a_score_has_finished(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Every config parses, builds, and takes a training and a validation step."""
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -14,11 +15,15 @@ from layouts import make_ade20k, make_cityscapes, make_voc
 from isanet_pl.cli import main
 from isanet_pl.convert.layout import rename
 from isanet_pl.convert.openseg import INPLACE_ABN_SLOPE, NETWORK, rules_of
+from isanet_pl.data import SegmentationDataModule
+from isanet_pl.losses import SegmentationLoss
 from isanet_pl.models import ISANet
 from isanet_pl.models.backbone import timm
+from isanet_pl.module import SegmentationModule
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 RECIPES = [path for path in CONFIGS if re.match(r"isanet(-direct|-openseg)?_r", path.name)]
+MMSEG = [path for path in RECIPES if path.name.startswith("isanet_")]
 OTHERS = [path for path in CONFIGS if path not in RECIPES]
 
 # What makes a step small; none of it changes which classes are built.
@@ -85,12 +90,38 @@ def test_config_takes_a_step_in_both_forms(path, form, tmp_path, monkeypatch):
     take_a_step(path, tmp_path, monkeypatch, **{"--model.network.form": form})
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def parts_of_a_step(path):
+    """Returns what a recipe says, without what a run of one step does without: its length."""
+    config = read(path)
+    length = ("max_steps", "val_check_interval")
+    trainer = {key: value for key, value in config["trainer"].items() if key not in length}
+    return {**config, "trainer": trainer}
+
+
+# Those of one schedule for those of both.
+APART = [
+    path
+    for index, path in enumerate(RECIPES)
+    if parts_of_a_step(path) not in map(parts_of_a_step, RECIPES[:index])
+]
+
+
+@pytest.mark.parametrize("path", APART, ids=lambda path: path.stem)
 def test_recipe_takes_a_step(path, tmp_path, monkeypatch):
     cli = take_a_step(path, tmp_path, monkeypatch)
     inference = cli.model.inference
     assert inference.base_size == (48, 40)  # flows from the data
     assert inference.mode == ("slide" if "769" in path.stem else "whole")
+
+
+@pytest.mark.parametrize("path", sorted({*RECIPES} - {*APART}), ids=lambda path: path.stem)
+def test_recipe_of_another_length_parses(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["isanet-pl"])
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(path), "--print_config"])
+    assert stop.value.code == 0
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert trainer.items() >= read(path)["trainer"].items()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -137,6 +168,48 @@ def test_recipe_is_what_its_name_says(path):
     assert network.get("align_corners", False) is (sliding or form == "-openseg")
     slide = {"mode": "slide", "crop_size": [769, 769], "stride": [513, 513]}
     assert config["model"].get("inference") == (slide if sliding else None)
+
+
+@pytest.mark.parametrize("path", MMSEG, ids=lambda path: path.stem)
+def test_published_setting_leaves_all_else_at_its_default(path):
+    config = read(path)
+    sliding = "769" in path.stem
+    model, network = config["model"], config["model"]["network"]
+    assert config.keys() == {"model", "data", "trainer"}
+    assert model.keys() - {"inference"} == {"network", "loss", "reference_batch_size"}
+    assert network.keys() - {"align_corners"} == {"form", "backbone", "pretrained"}
+    assert ("inference" in model) == ("align_corners" in network) == sliding
+    assert model["loss"] == {}
+    assert config["data"]["init_args"].keys() == {"batch_size", "crop_size", "base_size"}
+    assert config["trainer"].keys() == {
+        *("max_steps", "val_check_interval", "check_val_every_n_epoch"),
+        *("precision", "sync_batchnorm"),
+    }
+
+
+def test_defaults_are_those_of_the_published_settings():
+    """Of mmsegmentation's configs/_base_ and configs/isanet; see also `test_module.py` for SGD."""
+
+    def defaults(function):
+        return {name: p.default for name, p in inspect.signature(function).parameters.items()}
+
+    module, loss = defaults(SegmentationModule), defaults(SegmentationLoss)
+    data, network = defaults(SegmentationDataModule), defaults(ISANet)
+    assert (module["poly_power"], module["end_lr_factor"]) == (0.9, 1e-4 / 0.01)
+    assert (module["warmup_fraction"], module["new_layers_lr_factor"]) == (0.0, 1.0)
+    assert (loss["aux_weight"], loss["class_weights"], loss["ohem_threshold"]) == (0.4, None, None)
+    assert (data["scale_range"], data["cat_max_ratio"]) == ((0.5, 2.0), 0.75)
+    assert data["flip"] is data["photometric"] is True
+    assert (network["output_stride"], network["aux_channels"]) == (8, 256)
+    with torch.device("meta"):
+        reduced = ISANet(19, "resnet18", form="reduced").arguments
+    assert (reduced["dropout"], reduced["aux_head"]) == (0.1, True)
+
+
+def test_the_authors_schedule_ends_at_zero():
+    (path,) = (path for path in RECIPES if path.stem.startswith("isanet-openseg"))
+    model = read(path)["model"]
+    assert (model["end_lr_factor"], model["network"]["dropout"]) == (0.0, 0.05)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -113,6 +113,30 @@ def test_both_forms_of_dense_attention_are_the_same_function(train):
         assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("none", {(8, 6, 1)}),
+        ("dense", {(4, 6, 1), (4, 4, 1), (8, 4, 1), (8, 14, 1)}),
+        ("ppm", {(8, 6, 1), (8, 38, 3)}),
+        ("aspp", {(8, 6, 1), (8, 6, 3), (8, 40, 3)}),
+        ("rcca", {(8, 6, 3), (1, 8, 1), (8, 8, 1), (8, 8, 3), (8, 14, 3)}),
+    ],
+)
+def test_kernels_are_those_of_the_papers(name, kernels):
+    found = {(*m.weight.shape[:2], m.weight.shape[2]) for m in make(name).modules()
+             if isinstance(m, nn.Conv2d)}  # fmt: skip
+    assert found == kernels
+
+
+def test_recurrent_criss_cross_against_its_formula():
+    module = make("rcca")
+    x = torch.randn(2, 6, 5, 7).double()
+    context = module.after(module.attention(module.attention(module.before(x))))
+    expected = module.conv_bn(torch.cat([x, context], 1))
+    assert torch.allclose(module(x), expected, atol=1e-10)
+
+
 def test_dense_attention_against_its_formula():
     module = make("dense")
     x = torch.randn(1, 6, 4, 5).double()

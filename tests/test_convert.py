@@ -1,5 +1,6 @@
 """Checkpoints of mmsegmentation and openseg.pytorch: equal outputs, and what is refused."""
 
+import functools
 import io
 import os
 import pickle
@@ -163,9 +164,14 @@ def test_network_of_the_authors_form_is_exported_equal(corners, tmp_path):
     assert again["align_corners"] == corners
 
 
+@functools.cache
+def network_of(num_classes, corners):
+    return ISANet(num_classes, "resnet50c", form="reduced", aux_head=True, align_corners=corners)
+
+
 def write_and_read(inference, path, names=CLASSES, corners=False):
     """Returns how images are shown according to a file of mmsegmentation for a network of ours."""
-    network = ISANet(len(names), "resnet50c", form="reduced", aux_head=True, align_corners=corners)
+    network = network_of(len(names), corners)
     network.inference = inference
     write_mmseg(Trained(network, Classes(names, default_palette(len(names)))), path)
     return read_mmseg(path).network.inference

@@ -69,7 +69,9 @@ def test_a_run_that_fails_is_no_measurement(scripts_on_path):
 
 @pytest.mark.slow
 def test_a_short_run_of_ours_stays_flat(tmp_path):
-    options = ["--steps", "120", "--validations", "4", "--workers", "1", "--interval", "0.1"]
+    options = ["--steps", "120", "--validations", "8", "--workers", "1", "--interval", "0.1"]
+    # A batch that is kept has 0.2 MiB.
+    options += ["--most_mib", "9.6", "--most_files", "1"]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *options, "--output", str(tmp_path)],
         capture_output=True,

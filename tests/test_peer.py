@@ -121,8 +121,12 @@ def assert_same(ours, theirs, what):
     print(f"{what}: {error:.1e} relative, {same:.4%} of pixels the same class, {present} classes")
     assert theirs.std() > 0.05
     assert present > 2
-    assert error < 1e-4
-    assert same > 0.9999
+    assert error < 1e-5
+    assert same == 1
+
+
+def test_they_have_sixteen_settings():
+    assert len(CONFIGS) == 16
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,8 +19,10 @@ import torch
 from conftest import fails_naming, truncate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from test_broken_input import full_disk
 from test_module import make_module
 
+from isanet_pl.__main__ import run as run_program
 from isanet_pl.callbacks.averaging import ExponentialAverage
 from isanet_pl.callbacks.last_checkpoint import LastCheckpoint, random_state, restore_random_state
 from isanet_pl.callbacks.progress import Progress
@@ -504,21 +505,19 @@ def test_a_checkpoint_takes_its_place_only_when_it_is_whole(tmp_path, monkeypatc
     assert read_checkpoint(path) == {"step": 2}
 
 
-def test_a_full_disk_ends_the_run_and_says_so(stopped):
+def test_a_full_disk_ends_the_run_and_says_so(stopped, monkeypatch, capsys):
     last = stopped / "runs" / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
     before = last.read_bytes()
     limit = len(before) // 2
 
     options = arguments(stopped, {"resume": "true", "trainer.max_steps": 8})
-    done = subprocess.run(
-        [sys.executable, "-m", "isanet_pl", "fit", *options],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert done.returncode == 2, done.stderr
-    assert f"cannot write the checkpoint {last}: File too large; the one before it" in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", ["isanet-pl", "fit", *options])
+    with full_disk(limit), pytest.raises(SystemExit) as stop:
+        run_program()
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert f"cannot write the checkpoint {last}: File too large; the one before it" in said
+    assert "Traceback" not in said
     assert last.read_bytes() == before
     assert not list(last.parent.glob("*.part"))
 
@@ -620,17 +619,20 @@ def stop_at(step, monkeypatch):
     monkeypatch.setattr(Progress, "on_train_batch_end", ask_to_stop)
 
 
-def test_sigterm_saves_and_ends(tmp_path, monkeypatch, caplog):
-    stop_at(2, monkeypatch)
+@pytest.mark.parametrize("step", [2, 3])
+def test_sigterm_saves_and_ends(step, tmp_path, monkeypatch, caplog):
+    stop_at(step, monkeypatch)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         fit(tmp_path, **{"last_checkpoint.every_n_steps": 100})
     assert stop.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
     run = tmp_path / "runs" / "tiny" / "version_0"
-    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 2
-    assert [step for step, _, _ in metrics(run)] == [0, 1]  # nothing of it is lost
-    assert "SIGTERM: stopped after step 2" in caplog.text
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == step
+    rows = metrics(run)
+    assert [row for row, _, score in rows if not score] == [*range(step)]  # nothing of it is lost
+    assert [row for row, _, score in rows if score] == [3] * (step == 3)  # a validation is due
+    assert f"SIGTERM: stopped after step {step}" in caplog.text
 
 
 def test_a_run_that_has_ended_listens_no_more(tmp_path):
@@ -724,6 +726,7 @@ def test_a_run_killed_again_and_again_ends_the_same(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no difference, bit for bit" in done.stdout
     assert done.stdout.count("SIGKILL") == 2
+    assert all(f"  {number} workers  " in done.stdout for number in (0, 1, 4))
 
 
 def test_a_run_that_fails_does_not_wait_for_its_loader_processes(tmp_path):

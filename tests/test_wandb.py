@@ -14,6 +14,7 @@ from conftest import fails_naming
 from PIL import Image
 from wandb_file import RunFile
 
+from isanet_pl.__main__ import run as run_program
 from isanet_pl.callbacks.results import code_version
 from isanet_pl.callbacks.wandb_run import RUN_ID, resolve_mode, wandb_logger
 from isanet_pl.hardware import peak_memory
@@ -262,16 +263,16 @@ def test_a_key_that_cannot_be_one_is_refused(nowhere, mode):
         resolve_mode(mode)
 
 
-def test_a_refused_run_leaves_no_folder(tmp_path, home):
-    command = [sys.executable, "-m", "isanet_pl", "fit", "--config", str(QUICKSTART)]
-    done = subprocess.run(
-        [*command, "--wandb", "online"],
-        cwd=tmp_path,
-        env=environment(home),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "--wandb online found no API key" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
+def test_a_refused_run_leaves_no_folder(tmp_path, nowhere, capsys):
+    place = tmp_path / "place"
+    place.mkdir()
+    nowhere.chdir(place)
+    arguments = ["isanet-pl", "fit", "--config", str(QUICKSTART), "--wandb", "online"]
+    nowhere.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        run_program()
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "--wandb online found no API key" in said
+    assert "Traceback" not in said
+    assert not list(place.iterdir())
