@@ -209,11 +209,10 @@ class SegmentationModule(pl.LightningModule):
         """
         gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
         norm = torch.nn.utils.get_total_norm(list(gradients.values()))
-        if self.trainer.precision == "16-mixed" and hasattr(
-            optimizer, "_step_supports_amp_scaling"
-        ):
+        unscales_itself = hasattr(optimizer, "_step_supports_amp_scaling")  # as fused ones do
+        if self.trainer.precision == "16-mixed" and unscales_itself:
             precision: Any = self.trainer.precision_plugin
-            norm = norm / precision.scaler.get_scale()  # its step unscales
+            norm = norm / precision.scaler.get_scale()
         self.log("train/grad_norm", norm)
         # A variance may overflow under a loss that does not, and would never recover.
         statistics = dict(self.named_buffers())

@@ -9,8 +9,10 @@ from typing import get_args
 
 import pytest
 import torch
+from conftest import make_folder
 from test_cli import TINY
 from test_colours import noise
+from test_predictions import write_checkpoint
 
 from isanet_pl.callbacks.averaging import ExponentialAverage
 from isanet_pl.cli import main
@@ -202,6 +204,21 @@ def test_a_process_group_with_synchronised_norms(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "GMACs" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_an_error_of_one_process_ends_both(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "a.ckpt")
+    photos = make_folder(tmp_path / "data", splits=("val",)) / "val" / "images"
+    (tmp_path / "out" / "masks").mkdir(parents=True)  # of nobody knows what: the first refuses it
+    (tmp_path / "out" / "masks" / "scene0.png").write_bytes((photos / "scene0.png").read_bytes())
+    options = ("--ckpt_path", checkpoint, "--data.predict_dir", photos, "--output", "out")
+    command = [sys.executable, "-m", "isanet_pl", "predict", *map(str, options)]
+    command += ["--trainer.accelerator", "gpu", "--trainer.devices", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=180)
+    assert done.returncode == 2
+    assert "choose another --output" in done.stderr
 
 
 @pytest.mark.slow
