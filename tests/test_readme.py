@@ -11,6 +11,7 @@ from conftest import make_camvid
 from PIL import Image
 from test_predictions import write_checkpoint
 
+import isanet_pl.data
 from isanet_pl.cli import main
 from isanet_pl.data import CamVid
 
@@ -102,6 +103,16 @@ def test_recipes_are_those_of_their_configs():
         head = (ROOT / "configs" / f"{name}.yaml").read_text("utf-8").partition("model:")[0]
         found = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", head)
         assert sorted(found) == sorted(numbers), name
+
+
+def test_the_table_of_data_sets_is_that_of_their_classes():
+    row = r"^\| .* \| `(\w+)` \| ([\d,]+) / ([\d,]+).*? \| ([\d or]+) \|$"
+    rows = re.findall(row, (ROOT / "README.md").read_text("utf-8"), re.M)
+    assert len(rows) == 8
+    for name, train, val, classes in rows:
+        data = getattr(isanet_pl.data, name)()
+        assert (train, val) == tuple(f"{data.num_images[split]:,}" for split in ("train", "val"))
+        assert str(len(data.class_names)) in classes.split(" or "), name
 
 
 @pytest.mark.parametrize(

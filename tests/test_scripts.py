@@ -370,6 +370,26 @@ def make_tools(folder):
     return folder
 
 
+def test_the_quick_start_trains_its_config(tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    tools = make_tools(tmp_path / "bin")
+    (tools / "dirname").symlink_to(shutil.which("dirname"))
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "isanet-pl"):
+        (programs / name).write_text(f'#!/bin/sh\necho "$(basename $0) $*" >> {tmp_path}/log\n')
+        (programs / name).chmod(0o755)
+    command = ["bash", tmp_path / "scripts" / "quickstart.sh", "--name", "mine"]
+    environment = {**os.environ, "PATH": str(tools), "PYTHON": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *_, last = (tmp_path / "log").read_text().splitlines()
+    *start, config, option, value = last.split()
+    assert start == ["isanet-pl", "fit", "--config"]
+    assert (ROOT / config).is_file()
+    assert (option, value) == ("--name", "mine")
+
+
 @pytest.mark.parametrize("with_uv", [False, True])
 def test_setup_makes_the_environment_once(tmp_path, with_uv):
     # Stand-ins for python and uv write down how they are called and make a .venv.
