@@ -26,9 +26,12 @@ NUMBERED = 30
 def plain(name: str) -> str:
     """Returns a name that matplotlib writes as it is.
 
-    Between two `$` would be a formula, and a file's name that is no UTF-8 could not be written.
+    Between two `$` would be a formula, and a file's name that is no UTF-8 could not be written. An
+    underscore in front, as of labelme's `_background_`, hides a name from legends in older
+    versions; a space of no width goes before it.
     """
-    return name.encode("utf-8", "replace").decode().replace("$", r"\$")
+    text = name.encode("utf-8", "replace").decode().replace("$", r"\$")
+    return "\u200b" + text if text.startswith("_") else text
 
 
 def render(figure: Figure) -> Pixels:

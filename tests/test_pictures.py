@@ -73,6 +73,14 @@ def test_dollars_in_names_make_no_formula():
     assert [t._preprocess_math(t.get_text()) for t in ticks] == [(name, False) for name in names]
 
 
+def test_an_underscore_hides_no_name():
+    figure = draw_panels(
+        [(torch.zeros(3, 4, 4), *torch.zeros(2, 4, 4))], ["_background_"], [[0] * 3]
+    )
+    [text] = figure.legends[0].texts
+    assert text.get_text() == "\u200b_background_"
+
+
 def test_ignored_pixels_look_like_no_class():
     truth = torch.tensor([[0, 1], [2, 255]]).repeat_interleave(20, 0).repeat_interleave(20, 1)
     palette = [[0, 0, 0], [255, 255, 255], [128, 128, 128]]
