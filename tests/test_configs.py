@@ -90,38 +90,12 @@ def test_config_takes_a_step_in_both_forms(path, form, tmp_path, monkeypatch):
     take_a_step(path, tmp_path, monkeypatch, **{"--model.network.form": form})
 
 
-def parts_of_a_step(path):
-    """Returns what a recipe says, without what a run of one step does without: its length."""
-    config = read(path)
-    length = ("max_steps", "val_check_interval")
-    trainer = {key: value for key, value in config["trainer"].items() if key not in length}
-    return {**config, "trainer": trainer}
-
-
-# Those of one schedule for those of both.
-APART = [
-    path
-    for index, path in enumerate(RECIPES)
-    if parts_of_a_step(path) not in map(parts_of_a_step, RECIPES[:index])
-]
-
-
-@pytest.mark.parametrize("path", APART, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_takes_a_step(path, tmp_path, monkeypatch):
     cli = take_a_step(path, tmp_path, monkeypatch)
     inference = cli.model.inference
     assert inference.base_size == (48, 40)  # flows from the data
     assert inference.mode == ("slide" if "769" in path.stem else "whole")
-
-
-@pytest.mark.parametrize("path", sorted({*RECIPES} - {*APART}), ids=lambda path: path.stem)
-def test_recipe_of_another_length_parses(path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["isanet-pl"])
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", str(path), "--print_config"])
-    assert stop.value.code == 0
-    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
-    assert trainer.items() >= read(path)["trainer"].items()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
