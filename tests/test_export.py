@@ -327,11 +327,12 @@ def test_predict_takes_an_onnx_file(checkpoint, request, tmp_path, name):
     assert np.array_equal(np.array(Image.open(out / "masks" / "a.png")), expected)
     large = np.array(Image.open(out / "masks" / "large.png"))
     assert large.shape == (50, 70)
-    # By windows of its size, or padded to its multiples, with what is rounded to uint8.
-    fixed = Inference(mode="slide", crop_size=(24, 40))
-    network.inference = fixed if name == "fixed" else Inference(pad_multiple=16)
+    if name == "fixed":  # by windows of its size
+        network.inference, least = Inference(mode="slide", crop_size=(24, 40)), 0.999
+    else:  # padded to its multiples, with what is rounded to uint8
+        network.inference, least = Inference(pad_multiple=16), 0.99
     with Image.open(tmp_path / "photos" / "large.png") as image:
-        assert np.mean(large == network.predict(image).numpy()) > 0.99
+        assert np.mean(large == network.predict(image).numpy()) > least
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
