@@ -26,12 +26,18 @@ NUMBERED = 30
 def plain(name: str) -> str:
     """Returns a name that matplotlib writes as it is.
 
-    Between two `$` would be a formula, and a file's name that is no UTF-8 could not be written. An
-    underscore in front, as of labelme's `_background_`, hides a name from legends in older
-    versions; a space of no width goes before it.
+    Between two `$` would be a formula, and a file's name that is no UTF-8 could not be written.
     """
-    text = name.encode("utf-8", "replace").decode().replace("$", r"\$")
-    return "\u200b" + text if text.startswith("_") else text
+    return unhidden(name.encode("utf-8", "replace").decode().replace("$", r"\$"))
+
+
+def unhidden(label: str) -> str:
+    """Returns a label that every matplotlib shows in a legend.
+
+    Older ones hide those that begin with an underscore, as labelme's `_background_`; a space of no
+    width goes before it.
+    """
+    return "\u200b" + label if label.startswith("_") else label
 
 
 def render(figure: Figure) -> Pixels:

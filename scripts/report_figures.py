@@ -17,6 +17,8 @@ from report_page import Picture
 from run_folders import Curve
 from settings import Comparison, Setting, Statistic
 
+from isanet_pl.pictures import unhidden
+
 # Okabe and Ito's colours without yellow and black, which one of the two backgrounds swallows.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 MARKERS = "osD^vP"
@@ -63,12 +65,9 @@ def picture(name: str, alt: str, draw: Callable[[], Figure]) -> Picture:
 
 
 def shorten(label: str, width: int = 40) -> str:
-    """Returns a label that fits into a picture, on two lines at most.
-
-    It starts with a space of no width where matplotlib would hide it for its underscore.
-    """
+    """Returns a label that fits into a picture, on two lines at most."""
     lines = textwrap.wrap(label, width, max_lines=2, placeholder=" ...") or [""]
-    return "\n".join(lines) if not label.startswith("_") else "\u200b" + "\n".join(lines)
+    return unhidden("\n".join(lines))
 
 
 def _look(setting: Setting) -> dict[str, Any]:
