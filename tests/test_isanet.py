@@ -579,7 +579,7 @@ def test_network_loads_weights_into_its_backbone(weights, tmp_path):
 
 
 def test_pretrained_and_weights_path_exclude_each_other(tmp_path):
-    with pytest.raises(ValueError, match=r"weights_path .* --model.network.pretrained false"):
+    with pytest.raises(ValueError, match=r"weights_path .*--model.network.pretrained false"):
         small_net(pretrained=True, weights_path=str(tmp_path / "any.pth"))
 
 
