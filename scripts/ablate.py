@@ -48,7 +48,13 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--config", action="append", required=True, metavar="FILE", help="the base; the first")
+    add(
+        "--config",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="config of the base; of several, the first names --output",
+    )
     add("--overlays", nargs="+", default=[], metavar="FILE", help="one setting each; a+b for both")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of every setting")
     add("--base", action=argparse.BooleanOptionalAction, default=True, help="run the base as well")

@@ -187,12 +187,12 @@ def test_the_authors_schedule_ends_at_zero():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_is_short_and_says_what_to_expect(path):
+def test_recipe_is_short_and_says_what_is_published(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 25
     header = " ".join(line.strip("# ") for line in text.splitlines() if line.startswith("#"))
     assert "4 GPUs" in header
-    assert re.search(r"Expected: .*\d\d\.\d+ mIoU", header)
+    assert re.search(r"Published: .*\d\d\.\d+ mIoU", header)
     of_mmseg = path.stem.startswith("isanet_")
     assert ("mmsegmentation took" in header) == of_mmseg
     assert not of_mmseg or re.search(r"took \d+\.\d+ GB on each V100", header)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_camvid
+from conftest import make_camvid, make_scene
 from PIL import Image
 from test_predictions import write_checkpoint
 
@@ -116,7 +116,8 @@ def test_the_table_of_data_sets_is_that_of_their_classes():
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"(?:isanet_pl|configs|scripts|docs)/[\w./-]+\w", TEXT)))
+    "path",
+    sorted(set(re.findall(r"(?<![\w/])(?:isanet_pl|configs|scripts|docs)/[\w./-]+\w", TEXT))),
 )
 def test_named_files_exist(path):
     assert (ROOT / path).exists()
@@ -148,3 +149,23 @@ def test_scripts_know_their_options(command):
     options = [part for part in own if part.startswith("--") and "." not in part]
     options = [option for option in options if option not in ("--data", "--config")]  # isanet-pl's
     assert [option for option in options if f'"{option}"' not in source] == []
+
+
+def test_a_data_set_of_ones_own_trains(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "data.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    (tmp_path / "my_data.py").write_text(code)
+    folder = tmp_path / "streets"
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (folder / kind / split).mkdir(parents=True)
+        for index in range(2):
+            image, mask = make_scene(index, (48, 64), [0, 7, 8])
+            Image.fromarray(image).save(folder / "images" / split / f"{index}.jpg")
+            Image.fromarray(mask).save(folder / "masks" / split / f"{index}.png")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["isanet-pl"])
+    options = ("--data.root", str(folder), "--data.crop_size", "[32, 32]", "--data.batch_size", "2")
+    network = ("--model.network.backbone", "resnet18", "--trainer.accelerator", "cpu")
+    main(["fit", "--data", "my_data.MyData", *options, *network, "--trainer.fast_dev_run", "1"])
+    assert re.search(r"road.*\d", capsys.readouterr().out)

@@ -5,18 +5,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import fails_naming
+from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
+from wandb.errors import AuthenticationError
 from wandb_file import RunFile
 
 from isanet_pl.__main__ import run as run_program
+from isanet_pl.callbacks.dashboards import _log_tables, _of_one_size
 from isanet_pl.callbacks.results import code_version
-from isanet_pl.callbacks.wandb_run import RUN_ID, resolve_mode, wandb_logger
+from isanet_pl.callbacks.wandb_run import RUN_ID, WandbRun, resolve_mode, wandb_logger
 from isanet_pl.hardware import peak_memory
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -90,10 +94,10 @@ def test_metrics_are_logged_by_optimiser_step(run):
         assert sorted(run.values(key)) == [2, 4], key
 
 
-def test_summary_is_the_best_validation(run):
-    scores = run.values("val/miou").values()
-    assert run.summary["val/miou",] == {"max": max(scores)}
-    assert run.metrics["val/miou"].step_metric == "trainer/global_step"
+def test_summary_has_the_best_validation(run):
+    scores = run.values("val/miou")
+    assert run.values("val/best_miou") == {2: scores[2], 4: max(scores.values())}
+    assert run.summary["val/best_miou",] == max(scores.values())
 
 
 def test_config_is_the_saved_one_with_the_codes_version(folder, run):
@@ -187,7 +191,9 @@ def test_resumed_fit_continues_the_same_run(folder, home, run):
     assert continued.run.resume  # `wandb sync` then adds to the run
     assert not continued.run.display_name  # the name stays
     assert sorted(continued.values("train/loss")) == [5]
-    assert sorted(continued.values("val/miou")) == [6]
+    scores = {**run.values("val/miou"), **continued.values("val/miou")}
+    assert sorted(scores) == [2, 4, 6]
+    assert continued.summary["val/best_miou",] == max(scores.values())
     assert not any(artifact.type == "model" for artifact in continued.artifacts)
     assert torch.load(again / "checkpoints" / "last.ckpt", weights_only=True)[RUN_ID] == (
         run.run.run_id
@@ -203,7 +209,72 @@ def test_a_checkpoint_without_a_wandb_run_starts_one(tmp_path):
     assert logger._wandb_init["name"] == "quickstart-version_1"
 
 
+def validated(callback, score, logger):
+    """Tells a callback that a validation of a fit has ended."""
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(fn="fit"),
+        sanity_checking=False,
+        callback_metrics={"val/miou": torch.tensor(score)},
+        loggers=[logger],
+    )
+    callback.on_validation_end(trainer, SimpleNamespace(trained_steps=7))
+
+
+class Board(WandbLogger):
+    """Keeps what W&B would get; or W&B raises an error."""
+
+    def __init__(self, error=None):
+        self.logged, self.error = [], error
+
+    def log_metrics(self, metrics, step=None):
+        if self.error is not None:
+            raise self.error
+        self.logged.append((metrics, step))
+
+
+def test_the_best_of_a_resumed_run_may_be_of_before(tmp_path):
+    before, after, board = WandbRun(), WandbRun(), Board()
+    validated(before, 0.75, board)
+    after.load_state_dict(before.state_dict())
+    validated(after, 0.5, board)
+    assert board.logged == [({"val/best_miou": 0.75}, 7)] * 2
+
+
+def test_a_server_that_does_not_answer_ends_no_training(caplog):
+    error = AuthenticationError("no answer in 19 s")
+    confusion, iou = torch.eye(2, dtype=torch.int64), {"a": 1.0, "b": 1.0}
+    _log_tables(Board(error), confusion, iou, "val", 7)
+    assert "W&B has not taken the tables of step 7" in caplog.text
+    assert "no answer in 19 s" in caplog.text
+    board = Board()
+    _log_tables(board, confusion, iou, "val", 7)
+    ((charts, step),) = board.logged
+    assert (len(charts), step) == (3, 7)
+
+
+def test_images_of_several_sizes_are_padded_to_one():
+    def row(height, width):
+        return torch.ones(3, height, width, dtype=torch.uint8), *torch.ones(2, height, width).long()
+
+    rows = _of_one_size([row(4, 2), row(3, 5)])
+    assert [[tuple(x.shape) for x in maps] for maps in rows] == [[(3, 4, 5), (4, 5), (4, 5)]] * 2
+    (image, truth, prediction), _ = rows
+    assert image[:, :, :2].eq(1).all()
+    assert image[:, :, 2:].eq(0).all()
+    for classes in (truth, prediction):
+        assert classes[:, :2].eq(1).all()
+        assert classes[:, 2:].eq(255).all()
+
+
 # Where a run goes
+
+
+def test_a_sweep_names_its_runs_itself(monkeypatch, tmp_path):
+    for sweep, name in ((None, "quickstart-version_0"), ("abc", None)):
+        if sweep is not None:
+            monkeypatch.setenv("WANDB_SWEEP_ID", sweep)
+        logger = wandb_logger("offline", "quickstart-version_0", tmp_path, "fit", None)
+        assert logger._wandb_init["name"] == name
 
 
 @pytest.fixture
@@ -253,6 +324,13 @@ def test_off_and_offline_need_no_key(nowhere):
 
 def test_online_without_a_key_is_refused_with_the_fix(nowhere):
     with fails_naming("--wandb online found no API key", "wandb login", "--wandb offline"):
+        resolve_mode("online")
+
+
+def test_online_against_the_environment_is_refused(nowhere):
+    nowhere.setenv("WANDB_MODE", "offline")
+    nowhere.setenv("WANDB_API_KEY", KEY)
+    with fails_naming("WANDB_MODE is offline", "--wandb auto"):
         resolve_mode("online")
 
 

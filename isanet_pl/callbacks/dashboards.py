@@ -3,18 +3,20 @@
 import csv
 import gc
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from isanet_pl.callbacks.wandb_run import training_goes_on
 from isanet_pl.data.files import IGNORE
 from isanet_pl.pictures import draw_class_scores, draw_confusion, draw_panels, render
 from isanet_pl.run_folder import run_folder
@@ -112,7 +114,8 @@ def _log_tables(
         f"{stage}/iou_chart": wandb.plot.bar(classes, "class", "IoU", title=f"{stage} IoU"),
         f"{stage}/confusion_counts": wandb.Table(columns=["truth", *iou], data=rows),
     }
-    logger.log_metrics(charts, step)  # type: ignore[arg-type]  # takes W&B's own types too
+    with training_goes_on(f"the tables of step {step}"):
+        logger.log_metrics(charts, step)  # type: ignore[arg-type]  # takes W&B's own types too
 
 
 class PredictionPanels(pl.Callback):
@@ -192,6 +195,7 @@ class PredictionPanels(pl.Callback):
         figure = draw_panels(rows, pl_module.class_names, pl_module.palette)
         log_figure(trainer, figure, f"{stage}/panels", f"panels/{stage}_step={step:06d}.png", step)
         labels = {**dict(enumerate(pl_module.class_names)), IGNORE: "ignored"}
+        rows = _of_one_size(rows)
         for logger in _wandb_loggers(trainer):
             logger.log_image(
                 f"{stage}/predictions",
@@ -200,6 +204,22 @@ class PredictionPanels(pl.Callback):
                 caption=[Path(name).name for name in names],
                 masks=[_layers(truth, prediction, labels) for _, truth, prediction in rows],
             )
+
+
+def _of_one_size(rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[tuple[Tensor, ...]]:
+    """Returns (image, truth, prediction) padded to the largest: W&B shows all at one size.
+
+    Args:
+        rows: uint8 (3, H, W), and class maps (H, W).
+    """
+    height, width = (max(truth.shape[i] for _, truth, _ in rows) for i in (0, 1))
+    return [
+        tuple(
+            F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=fill)
+            for x, fill in zip(row, (0, IGNORE, IGNORE), strict=True)
+        )
+        for row in rows
+    ]
 
 
 def _layers(truth: Tensor, prediction: Tensor, labels: Mapping[int, str]) -> dict[str, Any]:

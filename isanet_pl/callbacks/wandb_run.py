@@ -1,6 +1,9 @@
 """The W&B side of a run: its logger, and what Lightning's logger does not do by itself."""
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +18,8 @@ from isanet_pl.errors import InputError
 Mode = Literal["off", "offline", "online", "auto"]
 RUN_ID = "wandb_run_id"
 """Where a checkpoint keeps the id of its W&B run."""
+
+log = logging.getLogger(__name__)
 
 
 @rank_zero_only
@@ -35,6 +40,9 @@ def resolve_mode(mode: Mode) -> str | None:
     except wandb.errors.AuthenticationError as error:
         raise InputError(f"{error}; run `wandb login` anew, or use --wandb offline") from error
     if mode == "online" and not has_key:
+        if "WANDB_MODE" in os.environ:
+            said = os.environ["WANDB_MODE"]
+            raise InputError(f"--wandb online, but WANDB_MODE is {said}: unset it, or --wandb auto")
         raise InputError(
             "--wandb online found no API key: run `wandb login`, set WANDB_API_KEY, or use "
             "--wandb offline"
@@ -51,7 +59,7 @@ def wandb_logger(
 
     Args:
         mode: Where the run goes; see `resolve_mode`.
-        name: Of a new run.
+        name: Of a new run; in a sweep, W&B names them itself.
         folder: The run folder.
         job: The command, W&B's job type.
         checkpoint: The checkpoint that `fit` continues; None: a new run.
@@ -59,8 +67,9 @@ def wandb_logger(
     known = None if checkpoint is None else _run_id(checkpoint)
     return WandbLogger(
         project=os.environ.get("WANDB_PROJECT", "isanet-pl"),
-        # A run that continues keeps the name of its first folder.
-        name=name if known is None else None,
+        # A run that continues keeps the name of its first folder. In a sweep, machines count
+        # their folders alone, so that several would have one name.
+        name=name if known is None and "WANDB_SWEEP_ID" not in os.environ else None,
         id=known,
         save_dir=folder.absolute(),  # its service may have been started in another folder
         mode=mode,
@@ -73,8 +82,23 @@ def _run_id(checkpoint: str) -> str | None:
     return known
 
 
+@contextmanager
+def training_goes_on(what: str) -> Iterator[None]:
+    """Makes an error of W&B a warning: it asks its server anew for the first table or artifact.
+
+    Args:
+        what: W&B then does not have it.
+    """
+    import wandb
+
+    try:
+        yield
+    except wandb.errors.Error as error:
+        log.warning("W&B has not taken %s; the run goes on: %s", what, error)
+
+
 class WandbRun(pl.Callback):
-    """Completes a W&B run: best score as its summary, its id in checkpoints, the best checkpoint.
+    """Completes a W&B run: its best score, its id in checkpoints, the best checkpoint.
 
     Args:
         log_checkpoint: Add the best checkpoint to the W&B run when `fit` ends, as an artifact.
@@ -82,20 +106,31 @@ class WandbRun(pl.Callback):
 
     def __init__(self, log_checkpoint: bool = False) -> None:
         self.log_checkpoint = log_checkpoint
+        self.best = 0.0
 
     @staticmethod
     def _logger(trainer: pl.Trainer) -> WandbLogger | None:
         found = (logger for logger in trainer.loggers if isinstance(logger, WandbLogger))
         return next(found, None)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the best score up to now."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the best score of a run that continues."""
+        self.best = state_dict["best"]
+
     @rank_zero_only
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Makes the summary of a run show its best validation, not its last."""
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Logs the best val mIoU up to now, which the run's summary then shows at the end."""
+        # Not `define_metric(summary="max")`: W&B takes that anew from where a run is resumed.
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self.best = max(self.best, float(trainer.callback_metrics["val/miou"]))
         logger = self._logger(trainer)
         if logger is not None:
-            logger.experiment.define_metric(
-                "val/miou", step_metric="trainer/global_step", step_sync=True, summary="max"
-            )
+            logger.log_metrics({"val/best_miou": self.best}, pl_module.trained_steps)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -120,4 +155,5 @@ class WandbRun(pl.Callback):
             artifact = wandb.Artifact(f"isanet-{logger.version}", type="model", metadata=score)
             # The file stays as it is from here on: W&B need not copy it to upload it.
             artifact.add_file(str(Path(callback.best_model_path).resolve()), policy="immutable")
-            logger.experiment.log_artifact(artifact, aliases=["best"])
+            with training_goes_on("the best checkpoint"):
+                logger.experiment.log_artifact(artifact, aliases=["best"])
