@@ -12,13 +12,12 @@ import yaml
 from isanet_pl.errors import InputError, why_no_checkpoint
 from isanet_pl.exported import read_metadata
 
-# What the command line takes from the data: it cannot be given as well.
-LINKED_NETWORK = ("num_classes",)
 LINKED_INFERENCE = ("base_size", "mirrored_classes")
+"""Arguments of `Inference` that the command line takes from the data: they cannot be given too."""
 
 
 def check_file(path: str, command: str) -> None:
-    """Returns nothing if there is a file that can be a checkpoint for a command.
+    """Refuses what cannot be a checkpoint for a command.
 
     Raises:
         InputError: There is none.
@@ -35,7 +34,7 @@ def check_file(path: str, command: str) -> None:
 
 
 def _check_sums(path: str) -> None:
-    """Returns nothing if every part of a checkpoint has its checksum, which torch.load ignores."""
+    """Refuses a checkpoint whose parts do not have their checksums, which torch.load ignores."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -74,7 +73,7 @@ def config_of(path: str, command: str) -> dict[str, Any]:
     check_file(path, command)
     try:
         saved = _describe(path)
-        network = {k: v for k, v in saved["network"].items() if k not in LINKED_NETWORK}
+        network = {k: v for k, v in saved["network"].items() if k != "num_classes"}
         inference = dict(saved.get("inference", {}))
         classes: dict[str, Any] = {
             "class_names": list(saved["class_names"]),

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelSummary
 from lightning.pytorch.callbacks import ProgressBar as LightningBar
@@ -38,11 +37,11 @@ from isanet_pl.module import SegmentationModule
 from isanet_pl.options import (
     add_callback_options,
     add_run_options,
-    check_checkpoint_options,
+    check_trainer_options,
     link_data,
 )
 from isanet_pl.resume import continue_metrics, find_run
-from isanet_pl.run_folder import name_of_run, new_run_folder
+from isanet_pl.run_folder import name_of_run, new_run_folder, remove_if_empty
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +54,8 @@ class SegmentationCLI(LightningCLI):
 
     resumed: Path | None = None
     """The folder of the run that goes on, if there is one."""
+    claimed: Path | None = None
+    """The folder of a new run, on the first process."""
 
     def __init__(self, *classes: Any, **options: Any) -> None:
         args: ArgsType = options.get("args")
@@ -119,6 +120,12 @@ class SegmentationCLI(LightningCLI):
                 raise InputError(f"{self.subcommand} needs trained weights: --ckpt_path FILE")
         else:
             check_file(checkpoint, self.subcommand)
+        ignored = config.model.loss.ignore_index
+        if ignored != IGNORE:
+            raise InputError(
+                f"model.loss.ignore_index is {ignored}, but pixels without a label come from the "
+                f"data as {IGNORE}, whatever their code in the files"
+            )
         network = config.model.network
         wanted = network.weights_path, network.pretrained
         if checkpoint is not None:
@@ -128,12 +135,6 @@ class SegmentationCLI(LightningCLI):
         except (ValueError, FileNotFoundError) as error:
             # An argument that a class refuses. jsonargparse wraps it into its own message.
             raise find_input_error(error) or InputError(str(error)) from error
-        ignored = config.model.loss.ignore_index
-        if ignored != IGNORE:
-            raise InputError(
-                f"model.loss.ignore_index is {ignored}, but pixels without a label come from the "
-                f"data as {IGNORE}, whatever their code in the files"
-            )
         # The run's config.yaml, written later, keeps what the user asked for.
         network.weights_path, network.pretrained = wanted
         config.ckpt_path = given
@@ -179,22 +180,18 @@ class SegmentationCLI(LightningCLI):
         return str(config.name)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Returns the trainer, logging to a new run folder, and to the config's loggers as well."""
+        """Returns the trainer, logging to a new run folder, and to the config's loggers as well.
+
+        Raises:
+            InputError: Options of the trainer do not go together, or not with this machine.
+        """
         config = self.config.get(str(self.subcommand), self.config)
+        # What may be refused comes before there is a run folder, as far as it is known by then.
         if self.subcommand in ("validate", "test", "predict"):
-            self._use_exported(self.subcommand)  # before there is a run folder: it may be refused
-        for name in ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch"):
-            if config.trainer[name] == 0:
-                raise InputError(
-                    f"trainer.{name} must be above 0; --trainer.limit_val_batches 0 leaves "
-                    "validation out"
-                )
-        check_checkpoint_options(config)
-        if config.trainer.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
-            raise InputError(
-                f"--trainer.accelerator {config.trainer.accelerator}: PyTorch {torch.__version__} "
-                "finds no GPU here; take cpu or auto, or install a build of PyTorch for the GPU"
-            )
+            self._use_exported(self.subcommand)
+        check_trainer_options(config)
+        averages = config.ema_decay is not None and self.subcommand == "fit"
+        average = ExponentialAverage(config.ema_decay) if averages else None
         chosen = self._get(self.config_init, "trainer")
         kwargs["callbacks"] = _with_displays(chosen)
         given = chosen["logger"]
@@ -204,42 +201,15 @@ class SegmentationCLI(LightningCLI):
             more = [] if given in (None, True) else given if isinstance(given, list) else [given]
             # First our own, which says where the run folder is.
             kwargs["logger"] = [*self._loggers(config), *more]
-        trainer = super().instantiate_trainer(**kwargs)
-        rank = getattr(rank_zero_only, "rank", 0)
-        if trainer.world_size == 1 and rank > 0:
-            # Each would train for itself, and all but the first in a folder that is not theirs.
-            raise InputError(
-                f"a launcher has started this process as number {rank} of several, but "
-                f"--trainer.devices {config.trainer.devices} --trainer.num_nodes "
-                f"{config.trainer.num_nodes} are a single one: give as many devices as a machine "
-                "has processes"
-            )
-        if trainer.world_size > 1 and trainer._val_check_time_interval is not None:  # type: ignore[attr-defined]
-            raise InputError(
-                f"trainer.val_check_interval {config.trainer.val_check_interval}: with several "
-                "devices, give a number of steps; each would look at its own clock, and they "
-                "would wait for each other"
-            )
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if (
-                isinstance(callback, EarlyStopping)
-                and callback.monitor.startswith("val/")
-                and callback._check_on_train_epoch_end is None
-            ):
-                # Before last.ckpt is written: a run that goes on from there has no scores yet.
-                callback._check_on_train_epoch_end = False
-        if config.ema_decay is not None and self.subcommand == "fit":
-            # First: others then find the average of this step, not of the one before.
-            trainer.callbacks.insert(0, ExponentialAverage(config.ema_decay))  # type: ignore[attr-defined]
-        device = trainer.strategy.root_device
-        precision = precision_in_hardware(trainer.precision, device)
-        if precision != trainer.precision and trainer.is_global_zero:
-            log.warning(
-                "this %s has no instructions for bfloat16: --trainer.precision %s is several times "
-                "as fast as %s",
-                *("GPU" if device.type == "cuda" else "CPU", precision, trainer.precision),
-            )
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+            _check_processes(trainer, config)
+        except Exception:
+            if self.claimed is not None:
+                remove_if_empty(self.claimed)
+            raise
+        _complete(trainer, average)
+        _warn_of_emulation(trainer)
         return trainer
 
     def _loggers(self, config: Any) -> list[Logger]:
@@ -250,7 +220,8 @@ class SegmentationCLI(LightningCLI):
         if self.resumed is not None:
             version = self.resumed.name
         else:
-            version = new_run_folder(config.runs_dir, name).name if first else "version_0"
+            self.claimed = new_run_folder(config.runs_dir, name) if first else None
+            version = "version_0" if self.claimed is None else self.claimed.name
         # Written at once, so that a killed run leaves all of its metrics.
         csv = CSVLogger(config.runs_dir, name, version, flush_logs_every_n_steps=1)
         if self.resumed is not None and first:
@@ -309,6 +280,56 @@ class SegmentationCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PredictionWriter):
                 callback.checkpoint = Path(self.config["predict"]["ckpt_path"])
+
+
+def _check_processes(trainer: Trainer, config: Any) -> None:
+    """Refuses what several processes cannot do, or not those that a launcher has started.
+
+    Raises:
+        InputError: See above.
+    """
+    rank = getattr(rank_zero_only, "rank", 0)
+    if trainer.world_size == 1 and rank > 0:
+        # Each would train for itself, and all but the first in a folder that is not theirs.
+        raise InputError(
+            f"a launcher has started this process as number {rank} of several, but "
+            f"--trainer.devices {config.trainer.devices} --trainer.num_nodes "
+            f"{config.trainer.num_nodes} are a single one: give as many devices as a machine "
+            "has processes"
+        )
+    if trainer.world_size > 1 and trainer._val_check_time_interval is not None:  # type: ignore[attr-defined]
+        raise InputError(
+            f"trainer.val_check_interval {config.trainer.val_check_interval}: with several "
+            "devices, give a number of steps; each would look at its own clock, and they "
+            "would wait for each other"
+        )
+
+
+def _complete(trainer: Trainer, average: ExponentialAverage | None) -> None:
+    """Gives a trainer what its own arguments cannot."""
+    trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (
+            isinstance(callback, EarlyStopping)
+            and callback.monitor.startswith("val/")
+            and callback._check_on_train_epoch_end is None
+        ):
+            # Before last.ckpt is written: a run that goes on from there has no scores yet.
+            callback._check_on_train_epoch_end = False
+    if average is not None:
+        # First: others then find the average of this step, not of the one before.
+        trainer.callbacks.insert(0, average)  # type: ignore[attr-defined]
+
+
+def _warn_of_emulation(trainer: Trainer) -> None:
+    device = trainer.strategy.root_device
+    precision = precision_in_hardware(trainer.precision, device)
+    if precision != trainer.precision and trainer.is_global_zero:
+        log.warning(
+            "this %s has no instructions for bfloat16: --trainer.precision %s is several times "
+            "as fast as %s",
+            *("GPU" if device.type == "cuda" else "CPU", precision, trainer.precision),
+        )
 
 
 def _with_displays(trainer: Any) -> list[Callback]:

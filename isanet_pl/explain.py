@@ -19,6 +19,7 @@ OUT_OF_MEMORY = (
     "out of memory",
     "OUT_OF_MEMORY",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute this computation",  # cuDNN, where none has the memory
 )
 """What PyTorch says, of CPUs and GPUs, when memory does not suffice."""
 

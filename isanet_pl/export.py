@@ -96,35 +96,28 @@ class SegmentationTrainer(pl.Trainer):
         model.load_state_dict(checkpoint["state_dict"])
         network = model.network.float().eval()
         target = Path(path)
-        multiples = size_multiples(network)
-        _check_options(target, size, dynamic, multiples, images, int8)
-        if dynamic and target.suffix == ".onnx" and network.arguments["ceil_mode"]:
-            raise InputError(
-                "--dynamic true cannot write an .onnx file of a network with ceil_mode, whose "
-                "windows need padding at every size: use --dynamic false, or a .pt2 file"
-            )
-        if num_calibration < 1:
-            raise InputError(f"--num_calibration must be 1 or more: {num_calibration}")
+        _check_options(network, target, size, dynamic, images, int8, num_calibration)
+        takes_uint8 = normalise == "inside"
         metadata = {
             **model.description(),
             "size": None if dynamic else list(size),
-            "multiples": list(multiples),
+            "multiples": list(size_multiples(network)),
             "normalise": normalise,
         }
         real = [] if images is None else _read_images(Path(images), size, num_calibration)
         inputs = [torch.randint(256, (2, 3, *size), dtype=torch.uint8), *real[:NUM_REAL]]
         with _checked_first(target) as file:
-            program = trace(fuse_for_inference(network), size, dynamic, normalise == "inside")
+            program = trace(fuse_for_inference(network), size, dynamic, takes_uint8)
             if target.suffix == ".onnx":
                 write_onnx(program, file, metadata)
                 if int8:
-                    quantise(file, [_input(x, network, normalise) for x in real])
+                    quantise(file, [_input(x, network, takes_uint8) for x in real])
                 run = onnx_runner(file)
             else:
                 text = json.dumps(metadata)
                 torch.export.save(program, file, extra_files={f"{METADATA}.json": text})
                 run = torch.export.load(file).module()
-            compare(file, network, run, inputs, normalise, exact=not int8)
+            compare(file, network, run, inputs, takes_uint8, exact=not int8)
         if model.inference.base_size is not None:
             log.info(
                 "the network was made for images scaled to fit %s (long and short edge): the file "
@@ -155,10 +148,10 @@ def _checked_first(target: Path) -> Iterator[Path]:
 class Exportable(nn.Module):
     """Returns the logits (N, K, H, W) of images, as the exported files do."""
 
-    def __init__(self, network: ISANet, normalise: bool) -> None:
+    def __init__(self, network: ISANet, takes_uint8: bool) -> None:
         super().__init__()
         self.network = network
-        self.normalise = normalise
+        self.takes_uint8 = takes_uint8
 
     def forward(self, image: Tensor) -> Tensor:
         """Returns logits.
@@ -166,7 +159,7 @@ class Exportable(nn.Module):
         Args:
             image: (N, 3, H, W), uint8 RGB, or normalised float.
         """
-        x = self.network.normalise(image) if self.normalise else image
+        x = self.network.normalise(image) if self.takes_uint8 else image
         logits: Tensor = self.network(x)["out"]
         return logits
 
@@ -185,13 +178,20 @@ def size_multiples(network: ISANet) -> tuple[int, int]:
 
 
 def _check_options(
+    network: ISANet,
     target: Path,
     size: Sequence[int],
     dynamic: bool,
-    multiples: Sequence[int],
     images: str | None,
     int8: bool,
+    num_calibration: int,
 ) -> None:
+    """Refuses options of `export` that do not go together.
+
+    Raises:
+        InputError: See above.
+    """
+    multiples = size_multiples(network)
     if target.suffix not in (".onnx", ".pt2"):
         raise InputError(f"--path {target}: the name must end in .onnx or .pt2")
     if min(size) < 1:
@@ -205,16 +205,25 @@ def _check_options(
         raise InputError("--int8 true needs an .onnx file and --images DIR to calibrate with")
     if target.suffix == ".onnx":
         require_onnx()
+    if dynamic and target.suffix == ".onnx" and network.arguments["ceil_mode"]:
+        raise InputError(
+            "--dynamic true cannot write an .onnx file of a network with ceil_mode, whose "
+            "windows need padding at every size: use --dynamic false, or a .pt2 file"
+        )
+    if num_calibration < 1:
+        raise InputError(f"--num_calibration must be 1 or more: {num_calibration}")
 
 
-def trace(network: ISANet, size: Sequence[int], dynamic: bool, normalise: bool) -> ExportedProgram:
+def trace(
+    network: ISANet, size: Sequence[int], dynamic: bool, takes_uint8: bool
+) -> ExportedProgram:
     """Returns the network as a graph.
 
     Args:
         network: In eval mode, on the CPU.
         size: (H, W) of its images, or of some of them.
         dynamic: Free height and width, in the multiples of `size_multiples`.
-        normalise: Take uint8.
+        takes_uint8: Normalise images in the graph.
 
     Raises:
         InputError: The network cannot be traced with free sizes.
@@ -226,10 +235,10 @@ def trace(network: ISANet, size: Sequence[int], dynamic: bool, normalise: bool) 
             free[2 + axis] = step * Dim(name, min=1, max=LARGEST // step)
         # A single window would be taken for a side that is never another.
         size = [max(s, 2 * step) for s, step in zip(size, multiples, strict=True)]
-    example = torch.zeros(2, 3, *size, dtype=torch.uint8 if normalise else torch.float32)
+    example = torch.zeros(2, 3, *size, dtype=torch.uint8 if takes_uint8 else torch.float32)
     try:
         return torch.export.export(
-            Exportable(network, normalise), (example,), dynamic_shapes={"image": free}
+            Exportable(network, takes_uint8), (example,), dynamic_shapes={"image": free}
         )
     except Exception as error:
         if not dynamic:
@@ -265,10 +274,15 @@ def quantise(target: Path, inputs: Sequence[Tensor]) -> None:
             return None if x is None else {"image": x.numpy()}
 
     kept = {prop.key: prop.value for prop in onnx.load(target).metadata_props}
-    logging.getLogger().setLevel(logging.ERROR)  # it warns about each model, whatever is done
     # Weights of 7 bits: with 8, products overflow on CPUs without VNNI, onnxruntime says.
     options = {"per_channel": True, "reduce_range": True, "op_types_to_quantize": ["Conv"]}
-    quantize_static(target, target, Reader(), **options)
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # it warns about each model, whatever is done
+    try:
+        quantize_static(target, target, Reader(), **options)
+    finally:
+        root.setLevel(level)
     model = onnx.load(target)
     onnx.helper.set_model_props(model, kept)
     onnx.save(model, target)
@@ -279,19 +293,17 @@ def _read_images(folder: Path, size: Sequence[int], count: int) -> list[Tensor]:
     files = list_files(folder, IMAGE_SUFFIXES, recursive=True)
     count = min(count, len(files))
     chosen = [files[i * len(files) // count] for i in range(count)]
-
-    def resized() -> Iterator[Tensor]:
-        for path in chosen:
-            image = read_image(path)[None].float()
-            image = F.interpolate(image, tuple(size), mode="bilinear", antialias=True)
-            yield image.round().clamp(0, 255).to(torch.uint8)
-
-    return list(resized())
+    images = []
+    for path in chosen:
+        image = read_image(path)[None].float()
+        image = F.interpolate(image, tuple(size), mode="bilinear", antialias=True)
+        images.append(image.round().clamp(0, 255).to(torch.uint8))
+    return images
 
 
-def _input(image: Tensor, network: ISANet, normalise: str) -> Tensor:
+def _input(image: Tensor, network: ISANet, takes_uint8: bool) -> Tensor:
     """Returns what an exported file takes for uint8 images."""
-    return image if normalise == "inside" else network.normalise(image).contiguous()
+    return image if takes_uint8 else network.normalise(image).contiguous()
 
 
 @torch.inference_mode()
@@ -300,7 +312,7 @@ def compare(
     network: ISANet,
     run: Run,
     inputs: Sequence[Tensor],
-    normalise: str,
+    takes_uint8: bool,
     exact: bool,
 ) -> None:
     """Prints how results and latency of a file compare with PyTorch's.
@@ -310,7 +322,7 @@ def compare(
         network: What was exported.
         run: Runs the file.
         inputs: uint8 images (N, 3, H, W): random ones, then real ones.
-        normalise: Whether the file takes uint8.
+        takes_uint8: Whether the file normalises images itself.
         exact: Refuse results that differ by more than `TOLERANCE`.
 
     Raises:
@@ -320,7 +332,7 @@ def compare(
     for image in inputs:
         expected = network(network.normalise(image))["out"]
         try:
-            found = run(_input(image, network, normalise))
+            found = run(_input(image, network, takes_uint8))
         except Exception as error:  # of onnxruntime's own classes
             raise InputError(
                 f"{file.name} does not run on {tuple(image.shape)}: {error}"
@@ -330,7 +342,7 @@ def compare(
     worst = float(np.max(differences))  # NaN if one is
     one = inputs[0][:1]
     eager = _latency(lambda: network(network.normalise(one)))
-    exported = _latency(lambda: run(_input(one, network, normalise)))
+    exported = _latency(lambda: run(_input(one, network, takes_uint8)))
     h, w = one.shape[2:]
     megabytes = file.stat().st_size / 1e6
     print(

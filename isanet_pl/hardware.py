@@ -52,7 +52,8 @@ def _has_bfloat16(device: torch.device) -> bool:
     """Returns whether a device has instructions for bfloat16; True where PyTorch cannot tell."""
     if device.type == "cuda":  # from Ampere on
         return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # newer than torch 2.8
+    # `get_capabilities` is newer than torch 2.8.
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return True
     found = torch.cpu.get_capabilities()
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is Arm's

@@ -96,7 +96,9 @@ class Inference:
             size = getattr(self, name)
             if size is not None and (len(size) != 2 or min(size) < 1):
                 raise ValueError(f"inference.{name} must be two positive integers, got {size}")
-        if self.crop_size and any(s > c for s, c in zip(self.steps, self.crop_size, strict=True)):
+        if self.crop_size and any(
+            s > c for s, c in zip(self.window_stride, self.crop_size, strict=True)
+        ):
             raise ValueError(
                 f"inference.stride {self.stride} is larger than crop_size {self.crop_size}: the "
                 "windows would leave gaps"
@@ -109,7 +111,7 @@ class Inference:
             )
 
     @property
-    def steps(self) -> tuple[int, int]:
+    def window_stride(self) -> tuple[int, int]:
         """Returns (H, W) from one window to the next."""
         assert self.crop_size is not None
         h, w = self.crop_size
@@ -196,8 +198,8 @@ class Inference:
 
     def _corners(self, height: int, width: int) -> Iterator[tuple[int, int]]:
         assert self.crop_size is not None
-        for top in window_starts(height, self.crop_size[0], self.steps[0]):
-            for left in window_starts(width, self.crop_size[1], self.steps[1]):
+        for top in window_starts(height, self.crop_size[0], self.window_stride[0]):
+            for left in window_starts(width, self.crop_size[1], self.window_stride[1]):
                 yield top, left
 
     def _mirror(self, scores: Tensor) -> Tensor:

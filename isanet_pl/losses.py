@@ -133,5 +133,7 @@ class SegmentationLoss(nn.Module):
                 probability.numel(),
             )
         kept = min(max(self.ohem_min_kept, 1), probability.numel())
-        limit = probability.kthvalue(kept).values.clamp(min=threshold)
+        # Not `kthvalue`: for one long row, that runs on one multiprocessor of a GPU.
+        limit = probability.topk(kept, largest=False, sorted=False).values.amax()
+        limit = limit.clamp(min=threshold)
         return (probability <= limit).view_as(counted)

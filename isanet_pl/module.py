@@ -59,7 +59,8 @@ class SegmentationModule(pl.LightningModule):
 
     Raises:
         InputError: There are not as many class weights as classes, the warm-up takes all steps or
-            less than none, or `scale_lr` lacks its reference.
+            less than none, a factor or the power is negative, the reference is below 1, or
+            `scale_lr` lacks it.
     """
 
     hparams: Any
@@ -157,7 +158,7 @@ class SegmentationModule(pl.LightningModule):
         return self.global_step or self.loaded_step
 
     def setup(self, stage: str) -> None:
-        """Compiles the network, for the training steps alone: images of each size cost minutes."""
+        """Forgets earlier scores; compiles the network for training, not for images of any size."""
         # What an evaluation that failed has left: no hook is called at its end.
         self.teardown(stage)
         for scores in (*self.metrics.values(), *self.losses.values()):
@@ -198,7 +199,7 @@ class SegmentationModule(pl.LightningModule):
         loss: Tensor = self.loss(self._forward(batch["image"]), batch["mask"])
         self.seen += batch["name"]
         self.seen_losses.append(loss.detach())
-        self.log("train/loss", mean_over_ranks(loss), prog_bar=True)
+        self.log("train/loss", mean_over_ranks(loss))
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -217,7 +218,7 @@ class SegmentationModule(pl.LightningModule):
         # A variance may overflow under a loss that does not, and would never recover.
         statistics = dict(self.named_buffers())
         numbers = torch.stack([*self.seen_losses, norm, largest(statistics.values())])
-        if numbers.isfinite().all():  # the one wait of a step for the device
+        if numbers.isfinite().all():  # waits for the device
             return
         for loss in self.seen_losses:
             if not loss.isfinite():

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -10,6 +11,7 @@ from isanet_pl.callbacks.last_checkpoint import LastCheckpoint
 from isanet_pl.callbacks.predictions import PredictionWriter
 from isanet_pl.callbacks.progress import Progress
 from isanet_pl.callbacks.wandb_run import Mode, WandbRun
+from isanet_pl.checkpoints import LINKED_INFERENCE
 from isanet_pl.errors import InputError
 
 
@@ -85,11 +87,31 @@ def link_data(parser: LightningArgumentParser) -> None:
     parser.link_arguments("data.num_classes", "model.network.num_classes", apply_on="instantiate")
     parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
     parser.link_arguments("data.palette", "model.palette", apply_on="instantiate")
-    for name in ("base_size", "mirrored_classes"):
+    for name in LINKED_INFERENCE:
         parser.link_arguments(f"data.{name}", f"model.inference.{name}", apply_on="instantiate")
 
 
-def check_checkpoint_options(config: Any) -> None:
+def check_trainer_options(config: Any) -> None:
+    """Refuses options of a trainer, its checkpoints among them, that cannot be meant.
+
+    Raises:
+        InputError: A number of steps is 0, there is no GPU, or see `_check_checkpoint_options`.
+    """
+    for name in ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch"):
+        if config.trainer[name] == 0:
+            raise InputError(
+                f"trainer.{name} must be above 0; --trainer.limit_val_batches 0 leaves "
+                "validation out"
+            )
+    _check_checkpoint_options(config)
+    if config.trainer.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
+        raise InputError(
+            f"--trainer.accelerator {config.trainer.accelerator}: PyTorch {torch.__version__} "
+            "finds no GPU here; take cpu or auto, or install a build of PyTorch for the GPU"
+        )
+
+
+def _check_checkpoint_options(config: Any) -> None:
     """Refuses options by which the best checkpoint would be lost, or share its name with others.
 
     Raises:

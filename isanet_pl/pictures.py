@@ -62,6 +62,12 @@ def overlay(image: Tensor, classes: Tensor, palette: Sequence[Sequence[int]]) ->
     return np.where(ignored, picture, mixed)
 
 
+def legend_patch(label: str, colour: Sequence[int]) -> Patch:
+    """Returns a colour, RGB 0..255, as it stands in a legend."""
+    r, g, b = colour
+    return Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="grey", label=label)
+
+
 def draw_panels(
     rows: Sequence[tuple[Tensor, Tensor, Tensor]],
     class_names: Sequence[str],
@@ -78,8 +84,7 @@ def draw_panels(
     """
     _, height, width = rows[0][0].shape
     handles = [
-        Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="grey", label=plain(name))
-        for name, (r, g, b) in zip(class_names, palette, strict=True)
+        legend_patch(plain(name), colour) for name, colour in zip(class_names, palette, strict=True)
     ]
     if any(bool((truth == IGNORE).any()) for _, truth, _ in rows):
         handles.append(Patch(facecolor="0.8", edgecolor="0.5", hatch="xxxx", label="ignored"))

@@ -33,6 +33,12 @@ def new_run_folder(runs_dir: str, name: str) -> Path:
             ) from error
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Removes the folder of a run that has ended before it wrote anything."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def run_folders(parent: Path) -> list[Path]:
     """Returns the folders version_N of the runs of a name, by N.
 

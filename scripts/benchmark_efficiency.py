@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from efficiency_report import KEYS, headline, keep, short_markdown, write
-from efficiency_tables import Row
+from efficiency_tables import DENSE, PEER, PLAIN, Row
 from measuring import alternate, conv_ceiling, gmacs, machine, peak_mib, saved_mib, spread
 from readme import has_block, write_block
 from rich.progress import track
@@ -62,8 +62,8 @@ def heads(form: str) -> dict[str, nn.Module]:
     channels = 2048 if form == "direct" else 512
     modules: dict[str, nn.Module] = {
         "ISA": ISAModule(channels, *WIDTHS),
-        "ISA, plain formulation": Plain(ISAModule(channels, *WIDTHS)),
-        "dense attention": DenseAttention(channels, WIDTHS[0], WIDTHS[2]),
+        PLAIN: Plain(ISAModule(channels, *WIDTHS)),
+        DENSE: DenseAttention(channels, WIDTHS[0], WIDTHS[2]),
         "dense attention, SDPA": DenseAttention(channels, WIDTHS[0], WIDTHS[2], sdpa=True),
         "long range alone": ISAModule(channels, *WIDTHS, order="long"),
         "short range alone": ISAModule(channels, *WIDTHS, order="short"),
@@ -76,14 +76,15 @@ def heads(form: str) -> dict[str, nn.Module]:
     if form == "reduced":
         reduction = conv_bn_relu(2048, 512, 3)
         modules = {k: nn.Sequential(copy.deepcopy(reduction), m) for k, m in modules.items()}
-        modules |= _mmsegmentation()
+        if has_mmsegmentation():
+            modules[PEER] = _mmsegmentation()
     return modules
 
 
-def _mmsegmentation() -> dict[str, nn.Module]:
-    """Returns mmsegmentation's head where it is installed (scripts/setup_peer.sh)."""
+def has_mmsegmentation() -> bool:
+    """Returns whether mmsegmentation is installed (scripts/setup_peer.sh); if so, it imports."""
     if importlib.util.find_spec("mmseg") is None:
-        return {}
+        return False
 
     class Operators(ModuleType):
         """Stands for mmcv's compiled operators, which ISANet does without but mmseg imports."""
@@ -94,6 +95,10 @@ def _mmsegmentation() -> dict[str, nn.Module]:
             return type(name, (), {})
 
     sys.modules.setdefault("mmcv.ops", Operators("mmcv.ops"))
+    return True
+
+
+def _mmsegmentation() -> nn.Module:
     from mmseg.models.decode_heads import ISAHead
 
     class Features(ISAHead):  # type: ignore[misc]
@@ -105,16 +110,15 @@ def _mmsegmentation() -> dict[str, nn.Module]:
         def forward(self, x: Tensor) -> Any:
             return super().forward([x])
 
-    head = Features(
+    return Features(
         in_channels=2048, channels=512, isa_channels=256, down_factor=(8, 8), num_classes=19,
         in_index=0, norm_cfg={"type": "BN"}, dropout_ratio=0.0,
     )  # fmt: skip
-    return {"ISA, mmsegmentation": head}
 
 
 def is_plain(name: str) -> bool:
     """Returns whether a head is run as others publish it: NCHW, not folded."""
-    return name in ("ISA, plain formulation", "ISA, mmsegmentation")
+    return name in (PLAIN, PEER)
 
 
 def prepare(name: str, module: nn.Module, x: Tensor, train: bool) -> tuple[nn.Module, Tensor]:
@@ -136,7 +140,6 @@ def measure_heads(
     device, dtype = args.device, DTYPES[dtype_name]
     rows: list[Row] = []
     modules = {k: m for k, m in heads(form).items() if not args.only or k in args.only}
-    ceiling = conv_ceiling(size, dtype, device)
     for mode in ("inference", "training") if args.train else ("inference",):
         train = mode == "training"
         batch = 2 if train else 1
@@ -145,6 +148,7 @@ def measure_heads(
         calls: dict[str, Callable[[], object]] = {}
         facts: dict[str, Row] = {}
         inputs = torch.randn(batch, 2048, *size, device=device)
+        ceiling = conv_ceiling(inputs, dtype)
         for name, module in modules.items():
             ready, x = prepare(name, copy.deepcopy(module).to(device), inputs, train)
             x = x.to(dtype)  # as a backbone under autocast hands it over
@@ -158,7 +162,7 @@ def measure_heads(
             }
             calls[name] = call
         measured = alternate(calls, args.rounds, args.warmup)
-        ceiling = max(ceiling, conv_ceiling(size, dtype, device))  # before and after
+        ceiling = max(ceiling, conv_ceiling(inputs, dtype))  # before and after
         for name, times in measured.items():
             work = facts[name]["gmacs"] * batch * (3 if train else 1)
             share = work / (spread(times)["min"] / 1000) / ceiling
@@ -200,14 +204,14 @@ def measure_growth(args: argparse.Namespace) -> list[Row]:
     """Returns the cost of the attention alone, on 512 channels, by size of map and window."""
     edges = args.growth
     cells = [("ISA", edge, 8) for edge in edges]
-    cells += [("dense attention", edge, 1) for edge in edges if edge <= args.largest_dense]
+    cells += [(DENSE, edge, 1) for edge in edges if edge <= args.largest_dense]
     middle = 128 if 128 in edges else edges[-1]
     cells += [("window", middle, window) for window in (1, 2, 4, 8, 16, 32)]
     dtype = DTYPES[args.dtype[0]]
     rows = []
     for name, size, window in track(cells, "growth", transient=True):
         x = torch.randn(1, 512, size, size, device=args.device)
-        if name == "dense attention":
+        if name == DENSE:
             block: nn.Module = DenseAttention(512, WIDTHS[0], WIDTHS[2]).attention
         else:
             block = ISABlock(512, *WIDTHS, down_factor=(window, window))
@@ -258,7 +262,7 @@ def measure_networks(args: argparse.Namespace) -> list[Row]:
     networks: dict[str, nn.Module] = {
         f"ISANet {name}": ISANet(19, name, form="reduced") for name in args.backbones
     }
-    if _mmsegmentation():
+    if has_mmsegmentation():
         networks["mmsegmentation's ISANet resnet50c"] = Peer()
     sizes = list(zip(args.network_sizes[::2], args.network_sizes[1::2], strict=True))
     rows = []
@@ -314,7 +318,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                         help="where to measure (%(default)s)")  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(DTYPES), nargs="+", default=["float32"],
-                        help="of inference; training runs under autocast")  # fmt: skip
+                        help="of inference; training runs under autocast. The growth sweep takes "
+                        "the first, whole networks the last")  # fmt: skip
     parser.add_argument("--forms", nargs="*", choices=("direct", "reduced"),
                         default=["direct", "reduced"], help="of the head")  # fmt: skip
     parser.add_argument("--sizes", type=int, nargs="*", default=[64, 97, 128],

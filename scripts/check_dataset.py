@@ -32,7 +32,6 @@ from isanet_pl.check.scan import scan
 from isanet_pl.check.suggest import Device, find_machine, suggest_config
 from isanet_pl.check.verdict import Problem, find_problems
 from isanet_pl.data import SegmentationDataModule
-from isanet_pl.data.dataset import code_table
 from isanet_pl.data.files import Pair
 from isanet_pl.errors import InputError
 
@@ -102,7 +101,7 @@ def build_data(options: Namespace) -> SegmentationDataModule:
     data: SegmentationDataModule = kind(**options.data.get("init_args", {}))
     if kind.list_pairs is SegmentationDataModule.list_pairs:
         raise InputError(f"{name} makes its images itself: it has no files to check")
-    assert data.root_path.is_dir()  # or it raises
+    _ = data.root_path  # raises where it is no folder
     return data
 
 
@@ -160,12 +159,11 @@ def take_fingerprint(
     console: Console,
 ) -> Fingerprint:
     """Returns the fingerprint of some splits, all of whose files are read."""
-    table = code_table(data.num_classes, data.label_map, data.reduce_zero_label)
-    read = partial(read_pairs, table=table, read_codes=data.read_codes)
+    read = partial(read_pairs, table=data.table, read_codes=data.read_codes)
     with show_progress(console, sum(map(len, pairs.values()))) as advance:
         facts = scan(pairs, read, workers, advance)
     splits = {
-        name: summarise(found, table, data.num_classes, data.num_images.get(name))
+        name: summarise(found, data.table, data.num_classes, data.num_images.get(name))
         for name, found in facts.items()
     }
     names = tuple(data.class_names)
@@ -206,7 +204,9 @@ def check(options: Namespace) -> int:
         print(f"written to {folder}")
         if suggested is not None and code == 0:
             name = options.data.class_path.removeprefix("isanet_pl.data.")
-            text = suggest_config(fingerprint, machine, name, facts_of_data(options.data))
+            text = suggest_config(
+                fingerprint, machine, name, facts_of_data(options.data, type(data))
+            )
             suggested.write_text(text, "utf-8")
             print(f"{suggested}: a config for {machine}; isanet-pl fit --config {suggested}")
         elif suggested is not None:
@@ -216,13 +216,11 @@ def check(options: Namespace) -> int:
     return code
 
 
-def facts_of_data(options: Namespace) -> dict[str, Any]:
+def facts_of_data(options: Namespace, kind: type[SegmentationDataModule]) -> dict[str, Any]:
     """Returns the arguments of the data module that say what the data are, the root absolute.
 
     These are all that the user set, but for those that the suggestion itself chooses.
     """
-    module, name = options.class_path.rsplit(".", 1)
-    kind = getattr(importlib.import_module(module), name)
     known = {
         **inspect.signature(SegmentationDataModule).parameters,
         **inspect.signature(kind).parameters,

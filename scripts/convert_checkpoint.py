@@ -9,12 +9,11 @@ has no place for (scales, flip, padding of windows) is named. Nothing in the sou
 """
 
 import argparse
-import logging
 import sys
-import warnings
 from pathlib import Path
 
 from isanet_pl import convert
+from isanet_pl.messages import configure_messages
 
 READERS = {"mmseg": convert.read_mmseg, "openseg": convert.read_openseg}
 WRITERS = {"isanet-pl": convert.write_checkpoint, "mmseg": convert.write_mmseg}
@@ -50,9 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Converts one file and says what it is."""
     args = parse_arguments()
-    # Following the advice would break load_from_checkpoint (Lightning's issue 20801).
-    warnings.filterwarnings("ignore", message="Attribute .* is an instance of `nn.Module`")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    configure_messages()
     corners = None if args.align_corners is None else args.align_corners == "true"
     try:
         if args.source.resolve() == args.target.resolve():

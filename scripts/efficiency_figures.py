@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from efficiency_tables import DENSE, Row, edges, representative, representative_growth
+from efficiency_tables import DENSE, Row, edges, ms, representative, representative_growth
 from matplotlib.figure import Figure
 
 OURS, OTHERS = "C3", "C0"
@@ -33,7 +33,7 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
     window_axis.plot(sides, times, "o-", color=OURS)
     for side, time in zip(sides, times, strict=True):
         window_axis.annotate(
-            f"{time:.0f}", (side, time), (8, 6), textcoords="offset points",
+            ms(time), (side, time), (8, 6), textcoords="offset points",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     window_axis.set(
@@ -67,7 +67,7 @@ def draw_heads(rows: Sequence[Row], path: Path) -> None:
         (memory_axis, "peak_mib", "peak MiB beside the input"),
     ):
         bars = axis.barh([row["head"] for row in rows], [row[key] for row in rows], color=colours)
-        axis.bar_label(bars, fmt="%.0f", padding=3)
+        axis.bar_label(bars, fmt=ms if key == "median" else "%.0f", padding=3)
         axis.margins(x=0.12)
         axis.set_xlabel(label)
         axis.spines[["top", "right"]].set_visible(False)

@@ -68,11 +68,12 @@ def short_markdown(record: dict[str, Any]) -> str:
     """Returns Markdown: ratios, the direct form on the largest maps, networks."""
     parts = [_measured_on(record)]
     if find_ratios(record["heads"]):
+        several = len({row["heap"] for row in record["heads"]}) > 1
+        how = ", with PyTorch's own allocator and with jemalloc" if several else ""
         parts += [
-            "How many times as fast as each other head ISA is, with PyTorch's own allocator and "
-            "with jemalloc: geometric mean over the sizes measured (least to most). Kept: what ISA "
-            "holds for the backward pass, as a share of what the other head holds, at the size "
-            "where that is most.",
+            f"How many times as fast as each other head ISA is{how}: geometric mean over the sizes "
+            "measured (least to most). Kept: what ISA holds for the backward pass, as a share of "
+            "what the other head holds, at the size where that is most.",
             ratio_summary(record["heads"]),
         ]
     for _, group in grouped(representative(record["heads"]), ("mode",)):

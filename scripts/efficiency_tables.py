@@ -19,6 +19,11 @@ def edges(value: Any) -> Any:
     return ("", *map(int, text.split("x"))) if text.replace("x", "").isdigit() else (text,)
 
 
+def ms(value: float) -> str:
+    """Returns milliseconds as text; a GPU may take less than one."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def grouped(
     rows: Sequence[Row], keys: Sequence[str]
 ) -> Iterator[tuple[tuple[Any, ...], list[Row]]]:
@@ -30,13 +35,13 @@ def grouped(
 
 
 def representative(rows: Sequence[Row]) -> list[Row]:
-    """Returns the heads in the direct form, with retained memory if it was so measured."""
+    """Returns the heads in the direct form, with jemalloc if they were so measured."""
     rows = [row for row in rows if row["heap"] != "default"] or list(rows)
     return [row for row in rows if row["form"] == "direct"]
 
 
 def representative_growth(rows: Sequence[Row]) -> list[Row]:
-    """Returns the growth sweep in one dtype, with retained memory if it was so measured."""
+    """Returns the growth sweep in one dtype, with jemalloc if it was so measured."""
     groups = grouped(rows, ("heap", "dtype"))
     return max(groups, key=lambda group: (group[0][0] != "default", group[0][1] == "float32"))[1]
 
@@ -178,7 +183,7 @@ def head_tables(rows: Sequence[Row]) -> str:
             lines.append(
                 f"| {row['head']} | {row['parameters'] / 1e6:.2f} | {row['gmacs']:.1f} "
                 f"| {row['peak_mib']:.0f} | {kept} "
-                f"| {row['median']:.0f} ({row['min']:.0f} to {row['max']:.0f}) | {ratio} "
+                f"| {ms(row['median'])} ({ms(row['min'])} to {ms(row['max'])}) | {ratio} "
                 f"| {100 * row['ceiling_share']:.0f} % |"
             )
     return "\n".join(lines[1:])

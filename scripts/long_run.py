@@ -16,12 +16,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 OWN = ("Pss_Anon:", "Pss_Shmem:")  # of Linux 5.4 and later
@@ -83,6 +83,11 @@ def start(folder: Path, steps: int, validations: int, workers: int) -> subproces
         "trainer.max_steps": steps,
         "trainer.val_check_interval": steps // validations,
     }
+    return launch(options)
+
+
+def launch(options: Mapping[str, object]) -> subprocess.Popen[str]:
+    """Returns the process of a fit with some options; its lines come as they are said."""
     arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     return subprocess.Popen(
         [sys.executable, "-m", "isanet_pl", "fit", *arguments],
@@ -169,15 +174,13 @@ def growth(readings: Sequence[Reading], name: str) -> float:
 
 def write(readings: Sequence[Reading], folder: Path) -> None:
     """Writes the readings as a table and as a picture."""
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
     names = [field.name for field in fields(Reading)]
     with (folder / "samples.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(names)
         table.writerows([getattr(reading, name) for name in names] for reading in readings)
-    figure, axes = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
     steps = [reading.step for reading in readings]
     for axis, unit, label in zip(axes, ("mib", "files"), ("MiB", "open files"), strict=True):
         for name, colour in (("main", "#1f4e79"), ("workers", "#d07a1c")):

@@ -125,14 +125,19 @@ def saved_mib(run: Callable[[Tensor], object], x: Tensor, module: nn.Module) -> 
     return sum(sizes.values()) / 2**20
 
 
-def conv_ceiling(size: tuple[int, int], dtype: torch.dtype, device: str, rounds: int = 20) -> float:
-    """Returns the best GMAC/s of a conv1x1 of the head's width, 2048 to 512, channels_last."""
-    x = torch.randn(1, 2048, *size, device=device, dtype=dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(512, 2048, 1, 1, device=device, dtype=dtype)
+def conv_ceiling(x: Tensor, dtype: torch.dtype, rounds: int = 20) -> float:
+    """Returns the best GMAC/s of a conv1x1 of the head's width, 2048 to 512, channels_last.
+
+    Args:
+        x: (N, 2048, H, W), the head's input.
+        dtype: Of the conv.
+        rounds: Timed calls.
+    """
+    x = x.to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(512, 2048, 1, 1, device=x.device, dtype=dtype)
     with torch.inference_mode():
         times = alternate({"conv": lambda: nn.functional.conv2d(x, weight)}, rounds)["conv"]
-    return 2048 * 512 * size[0] * size[1] / 1e6 / min(times)
+    return 512 * x.numel() / 1e6 / min(times)
 
 
 def machine(device: str = "cpu") -> str:

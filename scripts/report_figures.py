@@ -1,4 +1,4 @@
-"""Draws comparisons: scores, classes, learning curves, cost, confusion."""
+"""Draws comparisons: scores, classes, learning curves, cost."""
 
 import io
 import re

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from long_run import STEP, launch
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("SIGKILL", "SIGKILL while saving", "SIGTERM")
@@ -73,13 +74,7 @@ def start(folder: Path, name: str, steps: int, workers: int) -> subprocess.Popen
         "trainer.log_every_n_steps": 1,
         "trainer.precision": "32-true",
     }
-    arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    return subprocess.Popen(
-        [sys.executable, "-m", "isanet_pl", "fit", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return launch(options)
 
 
 def steps_of(process: subprocess.Popen[str], lines: list[str]) -> Iterator[int]:
@@ -87,8 +82,8 @@ def steps_of(process: subprocess.Popen[str], lines: list[str]) -> Iterator[int]:
     assert process.stdout is not None
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("step ") and "/" in line.split()[1]:
-            yield int(line.split()[1].split("/")[0])
+        if found := STEP.match(line):
+            yield int(found[1])
 
 
 def stop(process: subprocess.Popen[str], kind: str, part: Path) -> None:

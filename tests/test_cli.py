@@ -432,6 +432,9 @@ def test_nan_loss_stops_at_its_step_and_keeps_the_last_good_checkpoint(tiny, tmp
         (("--checkpoint.save_weights_only", "true", "--ema_decay", 0.9), "leaves out the average"),
         (("--trainer.enable_checkpointing", "false"), "--checkpoint.save_top_k 0"),
         (("--trainer.check_val_every_n_epoch", 0), "limit_val_batches 0"),
+        (("--model.loss.ignore_index", 0), "ignore_index is 0"),
+        (("--ema_decay", 2), "ema_decay"),
+        (("--trainer.limit_train_batches", -1), "limit_train_batches"),
         (("--trainer.logger", "false", "--resume", "true"), "--resume needs the run folder"),
     ],
 )

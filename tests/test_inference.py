@@ -118,8 +118,8 @@ def test_windows_larger_than_the_image_see_it_whole(isanet):
 
 
 def test_stride_is_two_thirds_of_the_window_by_default():
-    assert Inference(mode="slide", crop_size=(769, 513)).steps == (512, 342)
-    assert Inference(mode="slide", crop_size=(1, 2)).steps == (1, 1)
+    assert Inference(mode="slide", crop_size=(769, 513)).window_stride == (512, 342)
+    assert Inference(mode="slide", crop_size=(1, 2)).window_stride == (1, 1)
 
 
 def test_a_batch_gives_what_its_images_give(isanet):

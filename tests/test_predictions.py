@@ -496,7 +496,7 @@ def test_validation_without_a_config(folder, tmp_path, base_size):
     arguments += ["--data.root", str(folder), "--data.class_names", f"[{', '.join(NAMES)}]"]
     arguments += ["--data.num_workers", "0", "--trainer.accelerator", "cpu"]
     cli = main([*arguments, "--runs_dir", str(tmp_path / "runs")])
-    assert cli.model.network.form == "reduced"
+    assert cli.model.network.arguments["form"] == "reduced"
     assert plain(cli.model.inference) == plain(Inference(flip=True, base_size=(48, 24)))
     assert (tmp_path / "runs" / "a" / "version_0" / "results.json").is_file()
 

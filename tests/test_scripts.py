@@ -282,7 +282,7 @@ def test_what_is_timed_on_a_gpu_lasts(scripts_on_path, monkeypatch, warmup):
 def test_whole_networks_are_measured(scripts_on_path, monkeypatch):
     import benchmark_efficiency
 
-    monkeypatch.setattr(benchmark_efficiency, "_mmsegmentation", lambda: False)
+    monkeypatch.setattr(benchmark_efficiency, "has_mmsegmentation", lambda: False)
     args = SimpleNamespace(
         backbones=["resnet18"], network_sizes=[32, 40], network_rounds=1, device="cpu",
         dtype=["float32"],

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from isanet_pl.callbacks.wandb_run import training_goes_on
+from isanet_pl.callbacks.wandb_run import training_goes_on, wandb_loggers
 from isanet_pl.data.files import IGNORE
 from isanet_pl.pictures import draw_class_scores, draw_confusion, draw_panels, render
 from isanet_pl.run_folder import run_folder
@@ -43,10 +43,6 @@ def log_figure(trainer: pl.Trainer, figure: Figure, key: str, file: str, step: i
             logger.experiment.add_image(key, pixels, step, dataformats="HWC")
         elif isinstance(logger, WandbLogger):
             logger.log_image(key, [pixels], step)
-
-
-def _wandb_loggers(trainer: pl.Trainer) -> list[WandbLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
 
 
 class ClassScores(pl.Callback):
@@ -83,11 +79,12 @@ class ClassScores(pl.Callback):
         log_figure(trainer, figure, f"{stage}/iou", f"iou_{stage}.png", step)
         # Figures are large cycles of references, which Python by itself leaves for a long time.
         gc.collect()
-        for logger in _wandb_loggers(trainer):
+        for logger in wandb_loggers(trainer):
             _log_tables(logger, confusion, iou, stage, step)
 
 
 def _write_counts(path: Path, confusion: Tensor, class_names: list[str]) -> None:
+    """Writes a confusion matrix (K, K), a row for each true class, below the names."""
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([class_names, *confusion.tolist()])
 
@@ -95,7 +92,15 @@ def _write_counts(path: Path, confusion: Tensor, class_names: list[str]) -> None
 def _log_tables(
     logger: WandbLogger, confusion: Tensor, iou: Mapping[str, float], stage: str, step: int
 ) -> None:
-    """Adds a table of the classes, its bar chart, and a table of the confusion matrix to W&B."""
+    """Adds a table of the classes, its bar chart, and a table of the confusion matrix to W&B.
+
+    Args:
+        logger: Of W&B.
+        confusion: (K, K) integer, pixels of each true class by predicted class.
+        iou: Of each class, in their order; NaN for one that is absent.
+        stage: `val` or `test`.
+        step: Optimiser steps behind the weights.
+    """
     import wandb
 
     pixels = confusion.sum(dim=1)
@@ -137,7 +142,16 @@ class PredictionPanels(pl.Callback):
     def _collect(
         self, trainer: pl.Trainer, loader: Any, batches: int, batch: Any, outputs: Any, index: int
     ) -> None:
-        """Keeps the chosen ones among the images of a batch."""
+        """Keeps the chosen ones among the images of a batch.
+
+        Args:
+            trainer: The trainer.
+            loader: Of the split.
+            batches: How many batches of it are evaluated.
+            batch: `image` uint8 (N, 3, H, W), `mask` (N, H, W), `name` N file names.
+            outputs: Class maps (N, H, W).
+            index: Of the batch.
+        """
         start, processes = index * loader.batch_size, trainer.world_size
         total = min(len(loader.dataset), batches * loader.batch_size * processes)
         count = min(self.num_images, total)
@@ -195,14 +209,14 @@ class PredictionPanels(pl.Callback):
         figure = draw_panels(rows, pl_module.class_names, pl_module.palette)
         log_figure(trainer, figure, f"{stage}/panels", f"panels/{stage}_step={step:06d}.png", step)
         labels = {**dict(enumerate(pl_module.class_names)), IGNORE: "ignored"}
-        rows = _of_one_size(rows)
-        for logger in _wandb_loggers(trainer):
+        padded = _of_one_size(rows)
+        for logger in wandb_loggers(trainer):
             logger.log_image(
                 f"{stage}/predictions",
-                [image.permute(1, 2, 0).numpy() for image, _, _ in rows],
+                [image.permute(1, 2, 0).numpy() for image, _, _ in padded],
                 step,
                 caption=[Path(name).name for name in names],
-                masks=[_layers(truth, prediction, labels) for _, truth, prediction in rows],
+                masks=[_layers(truth, prediction, labels) for _, truth, prediction in padded],
             )
 
 

@@ -43,7 +43,8 @@ def random_state() -> dict[str, Any]:
     kind, keys, *rest = numpy_state
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        # On a CPU beside a GPU, to ask would take memory of the GPU.
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
         "numpy": (kind, keys.tolist(), *rest),
         "python": random.getstate(),
     }

@@ -15,7 +15,7 @@ from isanet_pl.hardware import peak_memory
 
 
 class Progress(pl.Callback):
-    """Logs learning rates, images/s and memory to the progress bar and the logger.
+    """Logs learning rates, images/s and memory, and shows them and the loss beside the bar.
 
     Where there is no terminal to draw a bar on, it prints a line now and then instead.
 
@@ -40,6 +40,7 @@ class Progress(pl.Callback):
         self.start = 0.0
         self.begun = self.printed = 0.0  # of a pass over a split
         self.seen = 0  # images of it
+        self.shown: dict[str, float] = {}  # beside the bar
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes where the run starts."""
@@ -73,9 +74,10 @@ class Progress(pl.Callback):
             f"lr/{group.get('name', i)}": float(group["lr"])
             for i, group in enumerate(trainer.optimizers[0].param_groups)
         }
-        pl_module.log_dict(rates, prog_bar=True)
-        pl_module.log("images_per_s", speed, prog_bar=True)
-        pl_module.log_dict(peak_memory(pl_module.device))
+        pl_module.log_dict({**rates, "images_per_s": speed, **peak_memory(pl_module.device)})
+        # Not by Lightning's `prog_bar`, which waits for the device after every batch.
+        loss = float(trainer.callback_metrics.get("train/loss", math.nan))
+        self.shown = {"train/loss": loss, **rates, "images_per_s": speed}
         self._print(trainer, rates, speed)
         self.images, self.since = 0, time.monotonic()
 
@@ -126,9 +128,8 @@ class Progress(pl.Callback):
             return
         step, total = trainer.global_step, trainer.estimated_stepping_batches
         per_step = (time.monotonic() - self.start) / max(1, step - self.first_step)
-        loss = float(trainer.callback_metrics.get("train/loss", math.nan))
         print(
-            f"step {step}/{total}  loss {loss:.3f}  "
+            f"step {step}/{total}  loss {self.shown['train/loss']:.3f}  "
             + "  ".join(f"{name} {rate:.1e}" for name, rate in rates.items())
             + f"  {speed:.1f} images/s  {per_step * (total - step) / 60:.1f} min left",
             flush=True,
@@ -152,7 +153,7 @@ def _has_bar(trainer: pl.Trainer) -> bool:
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar, which knows how many epochs a number of steps is.
+    """Lightning's bar, with what `Progress` measures, and the epochs that a number of steps is.
 
     Lightning's own calls the epochs of such a run "0/-2", and its version "on_0", by the last four
     letters of version_0.
@@ -160,9 +161,12 @@ class ProgressBar(RichProgressBar):
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Returns what is shown beside the bar."""
-        metrics = super().get_metrics(trainer, pl_module)
+        metrics = dict(super().get_metrics(trainer, pl_module))
         metrics.pop("v_num", None)
-        return dict(metrics)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Progress):
+                metrics |= callback.shown
+        return metrics
 
     def _get_train_description(self, current_epoch: int) -> str:
         """Returns the text before the bar; Lightning has no public way to change it."""

@@ -22,7 +22,7 @@ from isanet_pl.checkpoint_io import write_whole
 from isanet_pl.hardware import describe_machine
 from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
-from isanet_pl.run_folder import run_folder
+from isanet_pl.run_folder import remove_if_empty, run_folder
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +147,8 @@ class ResultTable(pl.Callback):
     ) -> None:
         """Removes the run folder if nothing was written to it, as when the data is refused."""
         folder = run_folder(trainer) if trainer.is_global_zero else None
-        if folder is not None and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        if folder is not None:
+            remove_if_empty(folder)
 
     def _report_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # An ONNX file does not say how long it was trained for.
@@ -198,8 +198,7 @@ class ResultTable(pl.Callback):
             print(f"written to {folder}")
 
     def _gmacs(self, pl_module: pl.LightningModule) -> float | None:
-        # An ONNX file cannot be asked; the size is unknown to a run of an older version that had
-        # nothing left to do.
+        # An ONNX file cannot be asked; a run that had nothing left to do has seen no image.
         if not isinstance(pl_module.network, ISANet) or self.image_size is None:
             return None
         inference = cast(Inference, pl_module.inference)

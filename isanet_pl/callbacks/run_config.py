@@ -8,9 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
 
 from isanet_pl.callbacks.results import code_version
+from isanet_pl.callbacks.wandb_run import wandb_loggers
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +39,8 @@ class RunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Gives the config to W&B; the file is written already."""
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_hyperparams(self._plain | {"git": code_version()})
+        for logger in wandb_loggers(trainer):
+            logger.log_hyperparams(self._plain | {"git": code_version()})
 
     @cached_property
     def _plain(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def wandb_logger(
         job: The command, W&B's job type.
         checkpoint: The checkpoint that `fit` continues; None: a new run.
     """
-    known = None if checkpoint is None else _run_id(checkpoint)
+    known = None if checkpoint is None else read_checkpoint(checkpoint).get(RUN_ID)
     return WandbLogger(
         project=os.environ.get("WANDB_PROJECT", "isanet-pl"),
         # A run that continues keeps the name of its first folder. In a sweep, machines count
@@ -77,9 +77,9 @@ def wandb_logger(
     )
 
 
-def _run_id(checkpoint: str) -> str | None:
-    known: str | None = read_checkpoint(checkpoint).get(RUN_ID)
-    return known
+def wandb_loggers(trainer: pl.Trainer) -> list[WandbLogger]:
+    """Returns those of a trainer's loggers that are W&B's."""
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
 
 
 @contextmanager
@@ -110,8 +110,7 @@ class WandbRun(pl.Callback):
 
     @staticmethod
     def _logger(trainer: pl.Trainer) -> WandbLogger | None:
-        found = (logger for logger in trainer.loggers if isinstance(logger, WandbLogger))
-        return next(found, None)
+        return next(iter(wandb_loggers(trainer)), None)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the best score up to now."""
@@ -122,7 +121,7 @@ class WandbRun(pl.Callback):
         self.best = state_dict["best"]
 
     @rank_zero_only
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Logs the best val mIoU up to now, which the run's summary then shows at the end."""
         # Not `define_metric(summary="max")`: W&B takes that anew from where a run is resumed.
         if trainer.state.fn != "fit" or trainer.sanity_checking:

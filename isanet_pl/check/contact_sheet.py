@@ -13,7 +13,7 @@ from PIL import Image
 
 from isanet_pl.check.facts import Pixels
 from isanet_pl.data.files import IGNORE, INVALID, Codes, Pair, read_image
-from isanet_pl.pictures import overlay, plain
+from isanet_pl.pictures import legend_patch, overlay, plain
 
 WRONG = (255, 0, 255)
 """Colour of pixels whose code has no class."""
@@ -74,7 +74,7 @@ def draw_contact_sheet(
     rows = [(name, shown[:COLUMNS]) for name, shown in splits.items() if shown]
     legend = _legend(class_names, palette, [t for _, shown in rows for t in shown])
     columns = 6
-    heights = [_row_height(shown) for _, shown in rows for _ in range(2)]
+    heights = [3.1 * _aspect(shown) for _, shown in rows for _ in range(2)]
     height = sum(heights) + 0.3 * len(rows) + 0.2 * math.ceil(len(legend) / columns) + 0.4
     figure = Figure(figsize=(3.2 * COLUMNS, height), dpi=100, layout="constrained")
     axes = figure.subplots(2 * len(rows), COLUMNS, squeeze=False, height_ratios=heights)
@@ -95,9 +95,10 @@ def draw_contact_sheet(
     return figure
 
 
-def _row_height(shown: Sequence[Thumbnail]) -> float:
+def _aspect(shown: Sequence[Thumbnail]) -> float:
+    """Returns the height of a row of images as a share of their width."""
     ratios = [float(t.image.shape[0] / t.image.shape[1]) for t in shown]
-    return 3.1 * min(0.9, max(ratios))
+    return min(0.9, max(ratios))
 
 
 def _shorten(name: str, most: int = 34) -> str:
@@ -114,10 +115,7 @@ def _legend(
     ]
     if INVALID in found:
         labels.append(("NO CLASS", WRONG))
-    patches = [
-        Patch(facecolor=(r / 255, g / 255, b / 255), edgecolor="grey", label=label)
-        for label, (r, g, b) in labels
-    ]
+    patches = [legend_patch(label, colour) for label, colour in labels]
     if IGNORE in found:
         patches.append(Patch(facecolor="none", edgecolor="grey", label="ignored: undimmed"))
     return patches
@@ -138,7 +136,7 @@ def draw_classes(
     """
     columns = max(1, min(10, round(math.sqrt(1.5 * len(thumbnails)))))
     rows = max(1, math.ceil(len(thumbnails) / columns))
-    height = rows * (0.3 + 2.2 * _row_height(list(thumbnails.values())) / 3.1)
+    height = rows * (0.3 + 2.2 * _aspect(list(thumbnails.values())))
     figure = Figure(figsize=(2.3 * columns, height), dpi=100, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:

@@ -13,7 +13,6 @@ from isanet_pl.check.contact_sheet import COLUMNS, draw_classes, draw_contact_sh
 from isanet_pl.check.fingerprint import Fingerprint, SplitFingerprint
 from isanet_pl.check.verdict import Problem
 from isanet_pl.data import SegmentationDataModule
-from isanet_pl.data.dataset import code_table
 from isanet_pl.data.files import Pair
 
 
@@ -61,8 +60,7 @@ def write_report(
     """Writes fingerprint.json, the contact sheet, and the picture of the classes of train."""
     text = fingerprint.to_json(problems=[asdict(problem) for problem in problems])
     (folder / "fingerprint.json").write_text(text, "utf-8")
-    table = code_table(data.num_classes, data.label_map, data.reduce_zero_label)
-    read = partial(read_thumbnail, table=table, read_codes=data.read_codes)
+    read = partial(read_thumbnail, table=data.table, read_codes=data.read_codes)
     shown = {}
     for split, files in pairs.items():
         count = min(COLUMNS, len(files))

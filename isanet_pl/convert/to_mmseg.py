@@ -131,7 +131,7 @@ def model_config(trained: Trained) -> dict[str, Any]:
     padding = {"test_cfg": {"size_divisor": multiple}} if pads else {}
     test: dict[str, Any] = {"mode": inference.mode}
     if inference.mode == "slide":
-        test |= {"crop_size": inference.crop_size, "stride": inference.steps}
+        test |= {"crop_size": inference.crop_size, "stride": inference.window_stride}
     return {
         "type": "EncoderDecoder",
         "data_preprocessor": {

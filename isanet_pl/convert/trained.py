@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 
 import isanet_pl.data
-from isanet_pl.checkpoint_io import save_whole
+from isanet_pl.checkpoint_io import read_checkpoint, save_whole
 from isanet_pl.data import SegmentationDataModule
 from isanet_pl.data.dataset import Colour, default_palette
 from isanet_pl.errors import InputError
@@ -128,7 +127,7 @@ def read_trained(path: Path) -> Trained:
     """
     try:
         network = ISANet.from_checkpoint(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = read_checkpoint(path)
         saved = content["hyper_parameters"]
         return Trained(
             network,

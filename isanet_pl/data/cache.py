@@ -66,7 +66,7 @@ class DecodedCache:
         return os.strerror(number) if number else None
 
     def check_space(self, pairs: Sequence[Pair]) -> None:
-        """Returns nothing if those of the pairs that are not cached yet fit on the disk.
+        """Makes sure that those of the pairs that are not cached yet fit on the disk.
 
         Args:
             pairs: Of all splits that the run reads.

@@ -16,6 +16,7 @@ from isanet_pl.data.broken import BrokenFiles
 from isanet_pl.data.cache import DecodedCache
 from isanet_pl.data.colours import distort
 from isanet_pl.data.dataset import (
+    CodeTable,
     Colour,
     ImageDataset,
     PairDataset,
@@ -146,6 +147,11 @@ class SegmentationDataModule(pl.LightningDataModule):
         """Returns K."""
         return len(self.class_names)
 
+    @property
+    def table(self) -> CodeTable:
+        """Returns the class of each mask code; see `code_table`."""
+        return code_table(self.num_classes, self.label_map, self.reduce_zero_label)
+
     def list_pairs(self, split: Split) -> list[Pair]:
         """Returns the (image, mask) files of a split.
 
@@ -157,27 +163,24 @@ class SegmentationDataModule(pl.LightningDataModule):
     def build_dataset(self, split: Split) -> Dataset[Sample]:
         """Returns the samples of a split, checked; see `check_pairs`."""
         train = split == "train"
-        table = code_table(self.num_classes, self.label_map, self.reduce_zero_label)
         pairs = self.list_pairs(split)
         if train and self.train_on_val:
             pairs = [*pairs, *self.list_pairs("val")]
+        if self.cache is not None and self._decoded is None:
+            # Masks are kept as classes, so what maps them belongs to the key.
+            reader = f"{self.read_codes.__module__}.{self.read_codes.__qualname__}"
+            self._decoded = DecodedCache(Path(self.cache), self.table.tobytes() + reader.encode())
         dataset = PairDataset(
             pairs,
-            table,
+            self.table,
             self.num_classes,
             self.train_transform if train else None,
             self.read_codes,
             photometric=train and self.photometric,
+            cache=self._decoded,
         )
         if not (train and self.skip_broken):
             check_pairs(dataset)
-        if self.cache is not None:
-            if self._decoded is None:
-                # Masks are kept as classes, so what maps them belongs to the key.
-                reader = f"{self.read_codes.__module__}.{self.read_codes.__qualname__}"
-                key = table.tobytes() + reader.encode()
-                self._decoded = DecodedCache(Path(self.cache), key)
-            dataset.cache = self._decoded
         return dataset
 
     @property
@@ -209,40 +212,44 @@ class SegmentationDataModule(pl.LightningDataModule):
             self._check_shares(split)
         self._check_space([self._datasets[split] for split in needed])
         if stage == "fit":
-            train = self._datasets["train"]
-            assert isinstance(train, Sized)
-            if self.train_on_val:
-                test = " and test scores, whose images are the same," * self._tests_on_val()
-                rank_zero_only(log.warning)(
-                    f"train_on_val: the validation images are trained on, val scores{test} measure "
-                    "nothing: take last.ckpt, not best.ckpt"
-                )
-            num_ranks = self._ranks[1]
-            if len(train) < self.batch_size * num_ranks:
-                batch = f"{self.batch_size}" + (f" on {num_ranks} devices" if num_ranks > 1 else "")
-                raise InputError(
-                    f"the train split has {len(train)} images, fewer than one batch of {batch}: "
-                    f"set --data.batch_size {len(train) // num_ranks} or less"
-                )
-            # With `--seed_everything false` each process has one of its own. A checkpoint, which
-            # is read later, may set another.
-            seed = torch.initial_seed()
-            if self.trainer is not None:
-                seed = self.trainer.strategy.broadcast(seed)
-            self._position = Position(seed)
+            self._start_training()
         if stage == "predict":
-            if self.predict_dir is None:
-                raise InputError("predict needs a folder of images: --data.predict_dir DIR")
-            output = None if self.predict_output is None else Path(self.predict_output)
-            images = ImageDataset(
-                Path(self.predict_dir), self._is_predicted, output, self.max_pixels
+            self._find_images()
+
+    def _start_training(self) -> None:
+        """Makes sure that there is a batch, and begins the stream of training samples."""
+        train = self._datasets["train"]
+        assert isinstance(train, Sized)
+        if self.train_on_val:
+            test = " and test scores, whose images are the same," * self._tests_on_val()
+            rank_zero_only(log.warning)(
+                f"train_on_val: the validation images are trained on, val scores{test} measure "
+                "nothing: take last.ckpt, not best.ckpt"
             )
-            if not len(images):
-                log.info(
-                    "every image of %s has its mask in %s", self.predict_dir, self.predict_output
-                )
-            self._datasets["predict"] = images
-            self._check_shares("predict")
+        num_ranks = self._ranks[1]
+        if len(train) < self.batch_size * num_ranks:
+            batch = f"{self.batch_size}" + (f" on {num_ranks} devices" if num_ranks > 1 else "")
+            raise InputError(
+                f"the train split has {len(train)} images, fewer than one batch of {batch}: "
+                f"set --data.batch_size {len(train) // num_ranks} or less"
+            )
+        # With `--seed_everything false` each process has one of its own. A checkpoint, which is
+        # read later, may set another.
+        seed = torch.initial_seed()
+        if self.trainer is not None:
+            seed = self.trainer.strategy.broadcast(seed)
+        self._position = Position(seed)
+
+    def _find_images(self) -> None:
+        """Lists the images to predict."""
+        if self.predict_dir is None:
+            raise InputError("predict needs a folder of images: --data.predict_dir DIR")
+        output = None if self.predict_output is None else Path(self.predict_output)
+        images = ImageDataset(Path(self.predict_dir), output, self.max_pixels)
+        if not len(images):
+            log.info("every image of %s has its mask in %s", self.predict_dir, self.predict_output)
+        self._datasets["predict"] = images
+        self._check_shares("predict")
 
     def _tests_on_val(self) -> bool:
         """Returns whether `test` is val, as where the labels of the test images are not public."""
@@ -260,10 +267,6 @@ class SegmentationDataModule(pl.LightningDataModule):
                 f"{name} has {len(dataset)} images, fewer than the {num_ranks} devices: set "
                 f"--trainer.devices {len(dataset)} or less"
             )
-
-    def _is_predicted(self, name: str) -> bool:
-        output = self.predict_output
-        return output is not None and (Path(output) / "masks" / f"{name}.png").is_file()
 
     def mask_codes(self) -> list[int]:
         """Returns the code that each class has in the data set's own mask files.
@@ -301,6 +304,10 @@ class SegmentationDataModule(pl.LightningDataModule):
         total = torch.tensor(number, device=strategy.root_device)
         return int(strategy.reduce(total, reduce_op="sum"))
 
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps: where training stands in the stream of samples."""
         return {} if self._position is None else dataclasses.asdict(self._position)
@@ -318,7 +325,7 @@ class SegmentationDataModule(pl.LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": outlive_termination,
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": self._device.type == "cuda",
             # Or each new loader would take a random number from dropout.
             "generator": torch.Generator(),
         }

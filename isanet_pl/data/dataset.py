@@ -33,6 +33,7 @@ from isanet_pl.errors import InputError
 
 log = logging.getLogger(__name__)
 
+CodeTable = np.ndarray[tuple[int], np.dtype[np.uint8]]
 Colour = tuple[int, int, int]
 
 
@@ -86,7 +87,7 @@ def default_palette(num_classes: int) -> tuple[Colour, ...]:
 
 def code_table(
     num_classes: int, label_map: dict[int, int] | None, reduce_zero_label: bool
-) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+) -> CodeTable:
     """Returns the class of each mask code, uint8 (256,), INVALID where it has none.
 
     Args:
@@ -127,14 +128,14 @@ class PairDataset(Dataset[Sample]):
         num_classes: K, for messages.
         transform: What is made of them; None returns them as they are in the files.
         read_codes: Returns the codes (H, W) of a mask file.
-        photometric: Draw a `jitter` with each sample.
+        photometric: Draw a `jitter` with each sample, where there is a transform.
         cache: Where decoded samples are kept; None: nowhere.
     """
 
     def __init__(
         self,
         pairs: Sequence[Pair],
-        table: np.ndarray[tuple[int], np.dtype[np.uint8]],
+        table: CodeTable,
         num_classes: int,
         transform: TrainTransform | None = None,
         read_codes: Callable[[Path], Codes] = read_mask,
@@ -164,11 +165,9 @@ class PairDataset(Dataset[Sample]):
         if self.transform is not None and window is not None:
             image, mask = self.transform.cut(image, mask, window)
         sample: Sample = {"image": image, "mask": mask, "name": str(pair[0])}
-        if self.photometric:
-            sample["jitter"] = draw_jitter()
-            if window is not None:
-                height, width = window.out_height, window.out_width
-                sample["jitter"] = sample["jitter"]._replace(height=height, width=width)
+        if self.photometric and window is not None:
+            height, width = window.out_height, window.out_width
+            sample["jitter"] = draw_jitter()._replace(height=height, width=width)
         return sample
 
     def decode(self, pair: Pair) -> tuple[Tensor, Tensor]:
@@ -204,8 +203,8 @@ class ImageDataset(Dataset[Sample]):
 
     Args:
         folder: The folder.
-        is_done: Whether an image of this name is to be left out.
-        output: Folder whose images are no input; None: there is none.
+        output: Folder of results, which are no input; images that have a mask in its `masks` are
+            left out. None: there is none.
         max_pixels: Refuse images of more.
 
     Raises:
@@ -215,7 +214,6 @@ class ImageDataset(Dataset[Sample]):
     def __init__(
         self,
         folder: Path,
-        is_done: Callable[[str], bool] = lambda name: False,
         output: Path | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
@@ -234,7 +232,9 @@ class ImageDataset(Dataset[Sample]):
             for path in paths
         ]
         self.files = [
-            (path, name) for path, name in zip(files, names, strict=True) if not is_done(name)
+            (path, name)
+            for path, name in zip(files, names, strict=True)
+            if output is None or not (output / "masks" / f"{name}.png").is_file()
         ]
         self.max_pixels = max_pixels
         others = Counter(

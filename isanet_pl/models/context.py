@@ -238,7 +238,7 @@ class RecurrentCrissCross(nn.Module):
 
 
 def _enlarge(x: Tensor, like: Tensor) -> Tensor:
-    """Returns a pooled map at the size of another."""
+    """Returns a pooled map (N, C, h, w) at the size of `like`, (N, C, H, W)."""
     size = like.shape[2:]
     if x.shape[2:] == (1, 1):
         return x.expand(-1, -1, *size)

@@ -154,7 +154,6 @@ class ISANet(nn.Module):
         self.arguments = arguments
         self.loaded: frozenset[str] = frozenset()
         self.inference = Inference()
-        self.form = form
         self.align_corners: bool = arguments["align_corners"]
         self.output_stride: int = output_stride
         self.classify_before_upsampling = reduced or classify_before_upsampling
@@ -186,16 +185,7 @@ class ISANet(nn.Module):
                 nn.Dropout2d(arguments["dropout"]),
                 nn.Conv2d(aux_channels, num_classes, 1),
             )
-        if reduced:
-            # As mmsegmentation's ConvModules do; the authors' keep PyTorch's own start.
-            for head in filter(None, (self.reduce, self.context, self.aux_head)):
-                for conv in head.modules():
-                    if isinstance(conv, SameConv):
-                        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        # As mmsegmentation's heads do.
-        for classifier in (self.classifier, *(self.aux_head or ())[-1:]):
-            nn.init.normal_(classifier.weight, std=0.01)
-            nn.init.zeros_(classifier.bias)
+        self._initialise_heads(reduced)
 
         if pretrained and weights_path is not None:
             raise ValueError(
@@ -206,6 +196,18 @@ class ISANet(nn.Module):
             self.load_file(weights_path)
         if pretrained:
             self.loaded = _of_backbone(self.backbone.load_pretrained())
+
+    def _initialise_heads(self, reduced: bool) -> None:
+        """Draws the first weights of all but the backbone, as mmsegmentation does."""
+        if reduced:
+            # As its ConvModules do; the authors' keep PyTorch's own start.
+            for head in filter(None, (self.reduce, self.context, self.aux_head)):
+                for conv in head.modules():
+                    if isinstance(conv, SameConv):
+                        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        for classifier in (self.classifier, *(self.aux_head or ())[-1:]):
+            nn.init.normal_(classifier.weight, std=0.01)
+            nn.init.zeros_(classifier.bias)
 
     def load_file(self, path: str | Path) -> None:
         """Takes what a weights file has for the network, and logs what it lacks.

@@ -87,7 +87,7 @@ def _network(geometry: Geometry, machine: Machine) -> Iterator[Choice]:
     cost = attention_cost(height, width, window)
     yield Choice(
         "model.network.down_factors",
-        [list(window)],
+        [window],
         f"The cheapest window, up to twice as long as wide, for the {_by((height, width))} "
         f"positions of a crop: {cost / 1e6:.2f} million pairs of them, padding included. [8, 8] "
         f"has {attention_cost(height, width, (8, 8)) / 1e6:.2f} million, attention without windows "
@@ -155,7 +155,7 @@ def _inference(fingerprint: Fingerprint, geometry: Geometry) -> Iterator[Choice]
         return
     why = f"Some images to evaluate have over {WHOLE_CROPS} crops' area: by windows.{memory}"
     yield Choice("model.inference.mode", "slide", why)
-    yield Choice("model.inference.crop_size", list(geometry.crop_size))
+    yield Choice("model.inference.crop_size", geometry.crop_size)
     yield Choice("model.inference.stride", [round(edge * 2 / 3) for edge in geometry.crop_size])
 
 
@@ -176,10 +176,10 @@ def _images(fingerprint: Fingerprint, geometry: Geometry) -> Iterator[Choice]:
             "huge ones shrink, so that a crop shows enough of the scene. If details would be lost "
             "(from above, through a microscope, scans), set null and model.inference.mode slide."
         )
-    yield Choice("data.init_args.base_size", _listed(geometry.base_size), why)
+    yield Choice("data.init_args.base_size", geometry.base_size, why)
     share = geometry.crop_pixels / math.prod(geometry.image_size)
     why = f"(H, W): {min(1.0, share):.0%} of the median image, in multiples of the stride, 8."
-    yield Choice("data.init_args.crop_size", list(geometry.crop_size), why)
+    yield Choice("data.init_args.crop_size", geometry.crop_size, why)
     low, high = geometry.scale_range
     why = f"At {low} the image still fills {min(1, low**2 / share):.0%} of a crop; {high} is usual."
     yield Choice("data.init_args.scale_range", [low, high], why)
@@ -188,10 +188,6 @@ def _images(fingerprint: Fingerprint, geometry: Geometry) -> Iterator[Choice]:
         name = fingerprint.class_names[train.shares.index(largest_share)]
         why = f"{name} has {largest_share:.1%} of the pixels: crops with less of it are not sought."
         yield Choice("data.init_args.cat_max_ratio", 1.0, why)
-
-
-def _listed(size: tuple[int, int] | None) -> list[int] | None:
-    return None if size is None else list(size)
 
 
 def _batches(
@@ -228,6 +224,8 @@ def _length(machine: Machine, geometry: Geometry, schedule: Schedule) -> Iterato
     why = f"In batches: {schedule.num_validations} validations."
     yield Choice("trainer.val_check_interval", batches, why)
     yield Choice("trainer.check_val_every_n_epoch", None)
+    if machine.device == "cuda":
+        yield Choice("last_checkpoint.every_n_steps", 1000, "Steps are fast on a GPU.")
     why = "This device has no instructions for bfloat16." * (machine.precision != "bf16-mixed")
     yield Choice("trainer.precision", machine.precision, why)
     if machine.device == "cpu":
@@ -251,7 +249,6 @@ def render(choices: Sequence[Choice], indent: str = "") -> str:
 
 def _inline(value: Any) -> str:
     """Returns a value as YAML on one line."""
-    value = list(value) if isinstance(value, tuple) else value
     text: str = yaml.safe_dump(
         value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
     )
