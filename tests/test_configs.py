@@ -149,7 +149,8 @@ def test_published_setting_leaves_all_else_at_its_default(path):
     config = read(path)
     sliding = "769" in path.stem
     model, network = config["model"], config["model"]["network"]
-    assert config.keys() == {"model", "data", "trainer"}
+    assert config.keys() == {"model", "data", "trainer", "last_checkpoint"}
+    assert config["last_checkpoint"].keys() == {"every_n_steps"}
     assert model.keys() - {"inference"} == {"network", "loss", "reference_batch_size"}
     assert network.keys() - {"align_corners"} == {"form", "backbone", "pretrained"}
     assert ("inference" in model) == ("align_corners" in network) == sliding

@@ -60,14 +60,18 @@ class Board(TensorBoardLogger):
 
 
 def fit(logger, *extra, steps=4, **options):
-    options = {"max_steps": steps, "max_epochs": -1, "val_check_interval": 2} | options
+    options = {
+        "max_steps": steps,
+        "max_epochs": -1,
+        "val_check_interval": 2,
+        "enable_progress_bar": False,
+    } | options
     trainer = pl.Trainer(
         logger=logger,
         callbacks=[PredictionPanels(), ClassScores(), *extra],
         accelerator="cpu",
         check_val_every_n_epoch=None,
         enable_checkpointing=False,
-        enable_progress_bar=False,
         enable_model_summary=False,
         **options,
     )

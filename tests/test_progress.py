@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from test_dashboards import fit
 from test_module import make_loader, make_module
 
 from isanet_pl.callbacks import progress
-from isanet_pl.callbacks.progress import Progress, last_epoch
+from isanet_pl.callbacks.progress import Progress, ProgressBar, last_epoch
 
 
 def test_images_per_second_leave_out_validation_and_what_it_draws_and_saves(monkeypatch):
@@ -23,12 +24,9 @@ def test_images_per_second_leave_out_validation_and_what_it_draws_and_saves(monk
         world_size=2,
         optimizers=[SimpleNamespace(param_groups=[{"name": "new", "lr": 0.1}])],
         state=SimpleNamespace(fn="validate"),
+        callback_metrics={"train/loss": torch.tensor(0.5)},
     )
-    module = SimpleNamespace(
-        log=lambda name, value, **_: logged.append((name, value)),
-        log_dict=lambda *_, **__: None,
-        device=torch.device("cpu"),
-    )
+    module = SimpleNamespace(log_dict=logged.append, device=torch.device("cpu"))
     shown = Progress(every_n_steps=2)
     shown.on_train_start(trainer, module)
     for step in range(1, 5):
@@ -41,7 +39,18 @@ def test_images_per_second_leave_out_validation_and_what_it_draws_and_saves(monk
             shown.on_validation_end(trainer, module)
             now[0] += 100  # another callback draws, a checkpoint is saved
     # 2 steps of 3 images on each of 2 processes, in 4 seconds
-    assert logged == [("images_per_s", 3.0), ("images_per_s", 3.0)]
+    assert [values["images_per_s"] for values in logged] == [3.0, 3.0]
+    assert shown.shown == {"train/loss": 0.5, "lr/new": 0.1, "images_per_s": 3.0}
+
+
+def test_the_bar_shows_loss_rate_and_speed(tmp_path):
+    bar = ProgressBar()
+    logger, progress = CSVLogger(tmp_path), Progress(every_n_steps=2)
+    trainer, module = fit(logger, bar, progress, enable_progress_bar=True)
+    shown = bar.get_metrics(trainer, module)
+    assert shown["train/loss"] == float(trainer.callback_metrics["train/loss"])
+    assert {"lr/new", "images_per_s"} < set(shown)
+    assert "v_num" not in shown
 
 
 @pytest.mark.parametrize(
