@@ -195,13 +195,13 @@ class SegmentationCLI(LightningCLI):
         chosen = self._get(self.config_init, "trainer")
         kwargs["callbacks"] = _with_displays(chosen)
         given = chosen["logger"]
-        if config.trainer.fast_dev_run or self.subcommand == "export":
-            kwargs["logger"] = False
-        elif given is not False and self.subcommand is not None:
-            more = [] if given in (None, True) else given if isinstance(given, list) else [given]
-            # First our own, which says where the run folder is.
-            kwargs["logger"] = [*self._loggers(config), *more]
+        more = given if isinstance(given, list) else [] if given in (None, True) else [given]
         try:
+            if config.trainer.fast_dev_run or self.subcommand == "export":
+                kwargs["logger"] = False
+            elif given is not False and self.subcommand is not None:
+                # First our own, which says where the run folder is.
+                kwargs["logger"] = [*self._loggers(config), *more]
             trainer = super().instantiate_trainer(**kwargs)
             _check_processes(trainer, config)
         except Exception:

@@ -19,7 +19,6 @@ OUT_OF_MEMORY = (
     "out of memory",
     "OUT_OF_MEMORY",
     "CUBLAS_STATUS_ALLOC_FAILED",
-    "unable to find an engine to execute this computation",  # cuDNN, where none has the memory
 )
 """What PyTorch says, of CPUs and GPUs, when memory does not suffice."""
 
@@ -84,6 +83,8 @@ def out_of_memory(error: BaseException | None) -> str | None:
             return "out of memory"
         if isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY):
             return "out of memory"
+        if isinstance(error, RuntimeError) and "unable to find an engine to execute" in said:
+            return f"cuDNN found no way to compute this, most likely out of memory ({said.strip()})"
         if isinstance(error, RuntimeError) and said.startswith("DataLoader worker"):
             # Linux does not say why; that of a container may have too little shared memory.
             return f"a loader process has died, most likely out of memory ({said.strip()})"

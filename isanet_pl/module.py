@@ -259,11 +259,12 @@ class SegmentationModule(pl.LightningModule):
         try:
             return self._predict(batch["image"])
         except (RuntimeError, MemoryError) as error:
-            if out_of_memory(error) is None:
+            reason = out_of_memory(error)
+            if reason is None:
                 raise
             h, w = batch["image"].shape[2:]
             fix = f"; try {SLIDING}" if self.inference.mode == "whole" else ""
-            return {"error": [f"{', '.join(batch['name'])}: out of memory at {w}x{h}{fix}"]}
+            return {"error": [f"{', '.join(batch['name'])}: {reason} at {w}x{h}{fix}"]}
 
     def _predict(self, image: Tensor) -> dict[str, Tensor]:
         scores = self._infer(image)["out"]

@@ -82,7 +82,10 @@ def heads(form: str) -> dict[str, nn.Module]:
 
 
 def has_mmsegmentation() -> bool:
-    """Returns whether mmsegmentation is installed (scripts/setup_peer.sh); if so, it imports."""
+    """Returns whether mmsegmentation is installed (scripts/setup_peer.sh).
+
+    If so, makes it importable without mmcv's compiled operators.
+    """
     if importlib.util.find_spec("mmseg") is None:
         return False
 

@@ -722,6 +722,7 @@ OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried"),
     MemoryError(),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
 ]
 
 

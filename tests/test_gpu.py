@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -240,4 +239,4 @@ def test_the_benchmark_measures_a_gpu(tmp_path):
     rows = json.loads((tmp_path / "out" / "efficiency.json").read_text())["heads"]
     assert {row["heap"] for row in rows} == {"CUDA"}
     # Such small maps do not fill a GPU: a conv3x3 may do more a second than the conv1x1.
-    assert all(0 < row["ceiling_share"] < math.inf for row in rows)
+    assert all(0 < row["ceiling_share"] < 10 for row in rows)

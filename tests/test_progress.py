@@ -40,7 +40,7 @@ def test_images_per_second_leave_out_validation_and_what_it_draws_and_saves(monk
             now[0] += 100  # another callback draws, a checkpoint is saved
     # 2 steps of 3 images on each of 2 processes, in 4 seconds
     assert [values["images_per_s"] for values in logged] == [3.0, 3.0]
-    assert shown.shown == {"train/loss": 0.5, "lr/new": 0.1, "images_per_s": 3.0}
+    assert shown.shown == {"train/loss": 0.5, "lr/new": "1.0e-01", "images_per_s": 3.0}
 
 
 def test_the_bar_shows_loss_rate_and_speed(tmp_path):
@@ -76,7 +76,7 @@ def test_progress_is_told_at_steps_that_end_an_epoch_with_fewer_batches(monkeypa
     # 3 batches, two a step: the second one ends steps 1, 3, ..., the third one steps 2, 4, ...
     steps = []
 
-    def tell(self, trainer, rates, speed):
+    def tell(self, trainer, loss, rates, speed):
         steps.append(trainer.global_step)
 
     monkeypatch.setattr(Progress, "_print", tell)

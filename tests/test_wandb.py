@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import fails_naming
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from wandb.errors import AuthenticationError
@@ -232,7 +234,7 @@ class Board(WandbLogger):
         self.logged.append((metrics, step))
 
 
-def test_the_best_of_a_resumed_run_may_be_of_before(tmp_path):
+def test_the_best_of_a_resumed_run_may_be_of_before():
     before, after, board = WandbRun(), WandbRun(), Board()
     validated(before, 0.75, board)
     after.load_state_dict(before.state_dict())
@@ -250,6 +252,20 @@ def test_a_server_that_does_not_answer_ends_no_training(caplog):
     _log_tables(board, confusion, iou, "val", 7)
     ((charts, step),) = board.logged
     assert (len(charts), step) == (3, 7)
+
+
+def test_a_server_that_does_not_take_the_checkpoint_ends_no_run(tmp_path, caplog):
+    def refuse(artifact, aliases):
+        raise AuthenticationError("no answer in 19 s")
+
+    best = ModelCheckpoint(monitor="val/miou")
+    best.best_model_score, best.best_model_path = torch.tensor(0.5), str(tmp_path / "best.ckpt")
+    (tmp_path / "best.ckpt").write_text("weights")
+    board = MagicMock(spec=WandbLogger, version="abc")
+    board.experiment.log_artifact = refuse
+    trainer = SimpleNamespace(loggers=[board], checkpoint_callbacks=[best])
+    WandbRun(log_checkpoint=True).on_fit_end(trainer, None)
+    assert "W&B has not taken the best checkpoint" in caplog.text
 
 
 def test_images_of_several_sizes_are_padded_to_one():
@@ -331,6 +347,12 @@ def test_online_against_the_environment_is_refused(nowhere):
     nowhere.setenv("WANDB_MODE", "offline")
     nowhere.setenv("WANDB_API_KEY", KEY)
     with fails_naming("WANDB_MODE is offline", "--wandb auto"):
+        resolve_mode("online")
+
+
+def test_a_missing_key_is_named_whatever_the_environment_says(nowhere):
+    nowhere.setenv("WANDB_MODE", "online")
+    with fails_naming("found no API key"):
         resolve_mode("online")
 
 

@@ -209,8 +209,8 @@ class PredictionPanels(pl.Callback):
         figure = draw_panels(rows, pl_module.class_names, pl_module.palette)
         log_figure(trainer, figure, f"{stage}/panels", f"panels/{stage}_step={step:06d}.png", step)
         labels = {**dict(enumerate(pl_module.class_names)), IGNORE: "ignored"}
-        padded = _of_one_size(rows)
         for logger in wandb_loggers(trainer):
+            padded = _of_one_size(rows)
             logger.log_image(
                 f"{stage}/predictions",
                 [image.permute(1, 2, 0).numpy() for image, _, _ in padded],

@@ -15,7 +15,7 @@ from isanet_pl.hardware import peak_memory
 
 
 class Progress(pl.Callback):
-    """Logs learning rates, images/s and memory, and shows them and the loss beside the bar.
+    """Logs learning rates, images/s and memory; our bar shows the first two, and the loss.
 
     Where there is no terminal to draw a bar on, it prints a line now and then instead.
 
@@ -40,7 +40,7 @@ class Progress(pl.Callback):
         self.start = 0.0
         self.begun = self.printed = 0.0  # of a pass over a split
         self.seen = 0  # images of it
-        self.shown: dict[str, float] = {}  # beside the bar
+        self.shown: dict[str, float | str] = {}  # beside the bar
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes where the run starts."""
@@ -77,8 +77,9 @@ class Progress(pl.Callback):
         pl_module.log_dict({**rates, "images_per_s": speed, **peak_memory(pl_module.device)})
         # Not by Lightning's `prog_bar`, which waits for the device after every batch.
         loss = float(trainer.callback_metrics.get("train/loss", math.nan))
-        self.shown = {"train/loss": loss, **rates, "images_per_s": speed}
-        self._print(trainer, rates, speed)
+        written = {name: f"{rate:.1e}" for name, rate in rates.items()}
+        self.shown = {"train/loss": loss, **written, "images_per_s": speed}
+        self._print(trainer, loss, written, speed)
         self.images, self.since = 0, time.monotonic()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -123,14 +124,16 @@ class Progress(pl.Callback):
         )
 
     @rank_zero_only
-    def _print(self, trainer: pl.Trainer, rates: Mapping[str, float], speed: float) -> None:
+    def _print(
+        self, trainer: pl.Trainer, loss: float, rates: Mapping[str, str], speed: float
+    ) -> None:
         if _has_bar(trainer):
             return
         step, total = trainer.global_step, trainer.estimated_stepping_batches
         per_step = (time.monotonic() - self.start) / max(1, step - self.first_step)
         print(
-            f"step {step}/{total}  loss {self.shown['train/loss']:.3f}  "
-            + "  ".join(f"{name} {rate:.1e}" for name, rate in rates.items())
+            f"step {step}/{total}  loss {loss:.3f}  "
+            + "  ".join(f"{name} {rate}" for name, rate in rates.items())
             + f"  {speed:.1f} images/s  {per_step * (total - step) / 60:.1f} min left",
             flush=True,
         )

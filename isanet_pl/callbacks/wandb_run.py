@@ -40,8 +40,8 @@ def resolve_mode(mode: Mode) -> str | None:
     except wandb.errors.AuthenticationError as error:
         raise InputError(f"{error}; run `wandb login` anew, or use --wandb offline") from error
     if mode == "online" and not has_key:
-        if "WANDB_MODE" in os.environ:
-            said = os.environ["WANDB_MODE"]
+        said = os.environ.get("WANDB_MODE")
+        if said in ("offline", "dryrun", "disabled"):
             raise InputError(f"--wandb online, but WANDB_MODE is {said}: unset it, or --wandb auto")
         raise InputError(
             "--wandb online found no API key: run `wandb login`, set WANDB_API_KEY, or use "

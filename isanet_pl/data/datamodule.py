@@ -212,11 +212,11 @@ class SegmentationDataModule(pl.LightningDataModule):
             self._check_shares(split)
         self._check_space([self._datasets[split] for split in needed])
         if stage == "fit":
-            self._start_training()
+            self._start_stream()
         if stage == "predict":
             self._find_images()
 
-    def _start_training(self) -> None:
+    def _start_stream(self) -> None:
         """Makes sure that there is a batch, and begins the stream of training samples."""
         train = self._datasets["train"]
         assert isinstance(train, Sized)

@@ -62,10 +62,13 @@ def attend(
     # (N*G, L, C), rows of channels: a view of a grid, and otherwise a copy in its cheapest order.
     query, key, value = (t.permute(0, 2, 3, 1).flatten(0, 1) for t in (query, key, value))
     query = query * query.shape[2] ** -0.5
-    # The compiler orders memory itself, and DDP's takes no autograd function in older releases.
-    plain = torch.compiler.is_compiling()
-    scores: Tensor = query @ key.transpose(1, 2) if plain else _Scores.apply(query, key)
-    # (N*G, L, L)
+    scores: Tensor  # (N*G, L, L)
+    if torch.compiler.is_compiling():
+        # It orders memory itself, and in older releases cannot split a graph for DDP that has an
+        # autograd function.
+        scores = query @ key.transpose(1, 2)
+    else:
+        scores = _Scores.apply(query, key)
     if mask is not None:
         # The lowest finite value rather than -inf: a group that is all padding gets a uniform
         # affinity, not NaN; its output is cropped away.

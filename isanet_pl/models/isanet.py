@@ -198,9 +198,10 @@ class ISANet(nn.Module):
             self.loaded = _of_backbone(self.backbone.load_pretrained())
 
     def _initialise_heads(self, reduced: bool) -> None:
-        """Draws the first weights of all but the backbone, as mmsegmentation does."""
+        """Draws first weights of classifiers and, in the reduced form, of the convs before them."""
+        # As mmsegmentation does.
         if reduced:
-            # As its ConvModules do; the authors' keep PyTorch's own start.
+            # The authors' keep PyTorch's own start.
             for head in filter(None, (self.reduce, self.context, self.aux_head)):
                 for conv in head.modules():
                     if isinstance(conv, SameConv):
