@@ -15,9 +15,14 @@ from isanet_pl.errors import InputError
 
 # What Lightning would see of a cluster, and rich of a terminal, where the suite runs. Before the
 # tests import Lightning: it asks then which process of how many this is.
-ELSEWHERE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "FORCE_COLOR", "TTY_COMPATIBLE")
-for _name in [name for name in os.environ if name.startswith("SLURM_") or name in ELSEWHERE]:
-    del os.environ[_name]
+ELSEWHERE = (
+    *("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("FORCE_COLOR", "TTY_COMPATIBLE"),
+)
+# And of a repository, where they run in one of its hooks.
+for _name in list(os.environ):
+    if _name.startswith(("SLURM_", "GIT_")) or _name in ELSEWHERE:
+        del os.environ[_name]
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")

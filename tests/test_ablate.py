@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from test_cli import TINY
+from test_devices import is_running
 from test_readme import COMMANDS, ROOT
 from wandb_file import RunFile
 
@@ -56,7 +57,12 @@ def start(folder, *args):
 def ablate(folder, *args):
     """Returns exit code and output."""
     process = start(folder, *args)
-    out = process.communicate(timeout=300)[0]
+    try:
+        out = process.communicate(timeout=800)[0]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # with its runs
+        process.communicate()
+        raise
     return process.returncode, out
 
 
@@ -248,7 +254,7 @@ def test_wrong_options_are_refused(tmp_path, monkeypatch, capsys, args, message)
     assert message in capsys.readouterr().err
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=400):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -432,9 +438,10 @@ def test_a_cell_that_is_edited_while_the_grid_runs_stops_no_other(tmp_path, monk
 STUBBORN = """
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if os.fork() == 0:  # a loader's process
+loader = os.fork()
+if loader == 0:
     time.sleep(60)
-print(os.getpgid(0), os.environ["OMP_NUM_THREADS"], os.environ["WANDB_TAGS"], flush=True)
+print(loader, os.environ["OMP_NUM_THREADS"], os.environ["WANDB_TAGS"], flush=True)
 time.sleep(60)
 """
 
@@ -447,14 +454,13 @@ def test_a_process_has_its_share_and_all_of_it_is_killed_in_the_end(tmp_path, mo
     cell = Cell("base", 3, tmp_path, ())
     attempt = Attempt(cell, {}, {"OMP_NUM_THREADS": "7"})
     wait_for(lambda: cell.log.read_text().count("\n") == 1)
-    group, *said = cell.log.read_text().split()
+    loader, *said = cell.log.read_text().split()
     assert said == ["7", "base,seed3"]
     assert is_locked(cell.log)
     stop([attempt], seconds=0.5)
     assert attempt.exit_code() == -signal.SIGKILL
     wait_for(lambda: not is_locked(cell.log), 10)  # the other process held it too
-    with pytest.raises(ProcessLookupError):
-        wait_for(lambda: os.killpg(int(group), 0), 10)
+    wait_for(lambda: not is_running(loader), 10)
 
 
 @pytest.fixture

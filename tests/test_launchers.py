@@ -119,7 +119,7 @@ def test_slurm_queues_a_job_again_and_it_goes_on(tiny, tmp_path):
     """What `--signal=SIGUSR1@90` and `default_root_dir` are for."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$*" > {tmp_path / "requeued"}\n')
+    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$*" > "{tmp_path}/requeued"\n')
     (tools / "scontrol").chmod(0o755)
     environment = slurm_task(0, 1, 1, free_port())
     environment["PATH"] = f"{tools}:{environment['PATH']}"

@@ -71,7 +71,6 @@ def test_a_run_that_fails_is_no_measurement(scripts_on_path):
 def test_a_short_run_of_ours_stays_flat(tmp_path):
     # A batch that is kept has 0.2 MiB, and 16 MiB are allowed.
     options = ["--steps", "200", "--validations", "4", "--workers", "1", "--interval", "0.1"]
-    options += ["--most_files", "1"]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *options, "--output", str(tmp_path)],
         capture_output=True,

@@ -377,7 +377,7 @@ def test_the_quick_start_trains_its_config(tmp_path):
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
     for name in ("python", "isanet-pl"):
-        (programs / name).write_text(f'#!/bin/sh\necho "$(basename $0) $*" >> {tmp_path}/log\n')
+        (programs / name).write_text(f'#!/bin/sh\necho "$(basename $0) $*" >> "{tmp_path}/log"\n')
         (programs / name).chmod(0o755)
     command = ["bash", tmp_path / "scripts" / "quickstart.sh", "--name", "mine"]
     environment = {**os.environ, "PATH": str(tools), "PYTHON": ""}
@@ -395,14 +395,14 @@ def test_setup_makes_the_environment_once(tmp_path, with_uv):
     # Stand-ins for python and uv write down how they are called and make a .venv.
     tools = make_tools(tmp_path / "bin")
     log = tmp_path / "log"
-    make = f'mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo made >> {log}'
-    note = f'echo "$(basename $0) $*" >> {log}'
+    make = f'mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo made >> "{log}"'
+    note = f'echo "$(basename $0) $*" >> "{log}"'
     fake = f'#!/bin/sh\n{note}\ncase "$*" in *venv*" .venv"*) {make};; esac\n'
     for name in ["python3"] + (["uv"] if with_uv else []):
         (tools / name).write_text(fake)
         (tools / name).chmod(0o755)
     environment = {**os.environ, "PATH": str(tools), "PYTHON": ""}
-    code = f"set -euo pipefail; source {ROOT}/scripts/setup.sh; install_into_venv '.[dev]'"
+    code = f"set -euo pipefail; source '{ROOT}/scripts/setup.sh'; install_into_venv '.[dev]'"
     for _ in range(2):
         done = subprocess.run(
             ["bash", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -421,7 +421,7 @@ def test_setup_refuses_an_old_python(tmp_path):
         (tools / name).write_text("#!/bin/sh\nexit 1\n")
         (tools / name).chmod(0o755)
     environment = {"PATH": str(tools)}
-    code = f"set -euo pipefail; source {ROOT}/scripts/setup.sh; install_into_venv ."
+    code = f"set -euo pipefail; source '{ROOT}/scripts/setup.sh'; install_into_venv ."
     done = subprocess.run(
         ["bash", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
