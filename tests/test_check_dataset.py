@@ -725,8 +725,7 @@ def test_the_script_runs_on_all_cores_as_users_run_it(data_root, tmp_path):
     command += ["--data.batch_size", "4"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "error" not in done.stderr
+    assert done.stderr == ""
     folder = tmp_path / "runs" / "dataset_check" / "my_data"
     names = ["classes.png", "contact_sheet.png", "fingerprint.json"]
     assert sorted(path.name for path in folder.iterdir()) == names
