@@ -31,8 +31,9 @@ from isanet_pl.check.fingerprint import find_duplicates, summarise
 from isanet_pl.check.scan import scan
 from isanet_pl.check.verdict import find_problems
 from isanet_pl.data import CamVid, SegmentationFolder
-from isanet_pl.data.dataset import code_table, default_palette
+from isanet_pl.data.dataset import code_table
 from isanet_pl.data.files import read_mask
+from isanet_pl.data.palette import default_palette
 from isanet_pl.errors import InputError
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "check_dataset.py"
@@ -424,6 +425,18 @@ def plant_dark_images(root):
         rewrite(path, lambda p: p // 20)
 
 
+def plant_palettes_of_their_own(root):
+    # As programs that number the colours of each file anew; both masks look alike.
+    colours = {0: (0, 0, 0), 1: (0, 0, 9), 2: (0, 9, 0), 255: (9, 9, 9)}
+    for path, order in zip(masks_of(root, "val"), ([0, 2, 1], [0, 1, 2]), strict=False):
+        pixels = np.array(Image.open(path))
+        codes = np.select([pixels == value for value in order], range(3), 255)
+        mask = Image.fromarray(codes.astype(np.uint8))
+        shown = [colours[value] for value in order] + [colours[255]] * 253
+        mask.putpalette([part for colour in shown for part in colour])
+        mask.save(path)
+
+
 PLANTED = [
     (
         plant_truncated_image,
@@ -499,6 +512,10 @@ PLANTED = [
     (plant_plain_images_of_two_shapes, [("warning", "train", "2 images of one single colour")]),
     (plant_black_image_of_background, [("warning", "train", "1 image of one single colour")]),
     (plant_dark_images, [("warning", "test", "brightest value", "of 255")]),
+    (
+        plant_palettes_of_their_own,
+        [("warning", "val", "the value 1 is", "(0, 9, 0) in", "scene0", "(0, 0, 9) in", "scene1")],
+    ),
 ]
 
 

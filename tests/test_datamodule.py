@@ -12,15 +12,11 @@ from PIL import Image
 from isanet_pl.data import CamVid, SegmentationFolder
 from isanet_pl.data.cache import DecodedCache
 from isanet_pl.data.colours import Jitter, distort
-from isanet_pl.data.dataset import ImageDataset, code_table, default_palette
+from isanet_pl.data.dataset import ImageDataset, code_table
 from isanet_pl.data.files import INVALID, read_mask
+from isanet_pl.data.palette import default_palette
 
 NAMES = ["road", "car", "tree"]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def make_data(root, stage=None, names=NAMES, **arguments):
@@ -337,7 +333,7 @@ def test_exif_rotation_fits_the_mask_as_displayed(folder):
     assert np.array_equal(sample["mask"][0], mask)
 
 
-# Class names
+# Class names and colours
 
 
 def test_class_names_from_the_file(folder):
@@ -759,3 +755,80 @@ def test_more_classes_than_a_mask_can_hold_are_refused():
 def test_class_names_may_begin_with_a_byte_order_mark(folder):
     (folder / "classes.txt").write_text("sky\nroad\ncar\n", "utf-8-sig")
     assert SegmentationFolder(root=str(folder)).class_names == ["sky", "road", "car"]
+
+
+# Masks in colours
+
+COLOURS = {"road": (128, 64, 128), "car": (0, 0, 142), "tree": (107, 142, 35)}
+WITH_COLOURS = "road 128 64 128\nignore 0,0,0\ncar  0, 0, 142\ntree 107 142 35\nignore 1 1 1\n"
+
+
+@pytest.fixture
+def coloured(folder):
+    """A folder whose masks are in colours: an RGB, an RGBA, a palette of its own, in each split."""
+    (folder / "classes.txt").write_text(WITH_COLOURS)
+    shown = np.zeros((256, 3), np.uint8)
+    shown[:3] = list(COLOURS.values())
+    for split in ("train", "val", "test"):
+        for number, mode in enumerate(("RGB", "RGBA", "P")):
+            path = folder / split / "masks" / f"scene{number}.png"
+            mask = Image.fromarray(shown[np.array(Image.open(path))])
+            if mode == "P":
+                mask = mask.quantize(8)
+                assert len(np.unique(mask)) == 4
+            mask.convert(mode).save(path)
+    return folder
+
+
+def test_masks_are_read_by_their_colours(coloured, tmp_path):
+    plain = make_data(make_folder(tmp_path / "plain"), "validate")
+    expected = [batch["mask"] for batch in plain.val_dataloader()]
+    for cache in (None, str(tmp_path / "cache"), str(tmp_path / "cache")):
+        data = make_data(coloured, "validate", None, cache=cache, num_workers=1)
+        assert data.class_names == list(COLOURS)
+        assert list(data.palette) == list(COLOURS.values())
+        masks = [batch["mask"] for batch in data.val_dataloader()]
+        assert all(map(torch.equal, masks, expected))
+    # Another order of classes must not find what was cached for this one.
+    (coloured / "classes.txt").write_text("\n".join(reversed(WITH_COLOURS.splitlines())))
+    data = make_data(coloured, "validate", None, cache=str(tmp_path / "cache"))
+    masks = [batch["mask"] for batch in data.val_dataloader()]
+    turned = torch.tensor([2, 1, 0, *[255] * 253], dtype=torch.uint8)
+    assert all(torch.equal(a, turned[b.long()]) for a, b in zip(masks, expected, strict=True))
+
+
+def test_a_greyscale_mask_among_coloured_ones_holds_classes(coloured):
+    mask = make_scene(1, (24, 32), [0, 1, 2, 255])[1]
+    Image.fromarray(mask).save(coloured / "val" / "masks" / "scene1.png")
+    assert np.array_equal(make_data(coloured, "validate", None)._datasets["val"][1]["mask"], mask)
+
+
+def test_a_colour_that_is_no_class_is_named(coloured):
+    path = coloured / "val" / "masks" / "scene0.png"
+    mask = np.array(Image.open(path))
+    mask[5, 6] = 1, 2, 3
+    Image.fromarray(mask).save(path)
+    with fails_naming(path, "(1, 2, 3)", "classes.txt"):
+        make_data(coloured, "validate", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("road 1 2 3\ncar\n", ("some lines end in a colour", "but not car")),
+        ("road 1 2 3\ncar 1 2 3\n", ("of one line alone", "(1, 2, 3)")),
+        ("road 1 2 3\ncar 1 2 256\n", ("up to 255", "(1, 2, 256)")),
+        ("road 1 2 3\nignore 1 2 4\n", ("at least two classes", "road")),
+    ],
+)
+def test_wrong_colours_in_classes_txt(folder, text, words):
+    (folder / "classes.txt").write_text(text)
+    with fails_naming(*words):
+        SegmentationFolder(root=str(folder))
+
+
+@pytest.mark.parametrize("option", [{"label_map": {0: 1}}, {"reduce_zero_label": True}])
+def test_colours_and_a_translation_do_not_go_together(folder, option):
+    (folder / "classes.txt").write_text(WITH_COLOURS)
+    with fails_naming("classes.txt", "leave out"):
+        SegmentationFolder(root=str(folder), **option)

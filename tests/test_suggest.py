@@ -59,6 +59,7 @@ def make_split(sizes, shares):
         outside={},
         files={},
         largest=(None,) * len(shares),
+        redrawn=(),
         num_masks=9,
     )
 

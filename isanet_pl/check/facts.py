@@ -11,7 +11,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from isanet_pl.data.files import IGNORE, INVALID, Codes, Pair, read_image
+from isanet_pl.data.files import (
+    IGNORE,
+    INVALID,
+    Codes,
+    Pair,
+    open_image,
+    read_image,
+    read_mask,
+)
+from isanet_pl.data.palette import Colour
 from isanet_pl.errors import InputError
 
 Counts = npt.NDArray[np.int64]
@@ -61,6 +70,8 @@ class SplitFacts:
         outside_pixels: Pixels of all codes without a class.
         files: What was noted about files, by kind; see `read_pairs`.
         largest: The pair with the most pixels of each class: minus the pixels, image, mask.
+        drawn: For each code with a class the colours that masks with a palette show it in, the two
+            lowest, with the first mask of each.
         digests: Name of each image, with the digests of what image and mask decode to. The only
             thing that grows with the number of pairs, by some 300 bytes each.
     """
@@ -74,6 +85,7 @@ class SplitFacts:
     outside_pixels: int = 0
     files: dict[str, Files] = field(default_factory=dict)
     largest: dict[int, tuple[int, str, str]] = field(default_factory=dict)
+    drawn: dict[int, dict[Colour, str]] = field(default_factory=dict)
     digests: list[tuple[str, bytes, bytes]] = field(default_factory=list)
 
     def add(self, other: "SplitFacts") -> None:
@@ -92,6 +104,10 @@ class SplitFacts:
             self.files[kind] = self.files.get(kind, Files()) + files
         for index, pair in other.largest.items():
             self.largest[index] = min(self.largest.get(index, pair), pair)
+        for code, colours in other.drawn.items():
+            both = [*self.drawn.get(code, {}).items(), *colours.items()]
+            names = {colour: min(n for c, n in both if c == colour) for colour, _ in both}
+            self.drawn[code] = {colour: names[colour] for colour in sorted(names)[:2]}
         self.digests += other.digests
 
     def note(self, kind: str, text: str) -> None:
@@ -131,6 +147,9 @@ def _read_pair(pair: Pair, table: Pixels, read_codes: Callable[[Path], Codes]) -
         _count_codes(codes, table, facts, image, mask)
         if _is_jpeg(pair[1]):
             facts.note("jpeg", mask)
+        if read_codes is read_mask:
+            used = np.flatnonzero((facts.codes > 0) & (table < INVALID)).tolist()
+            facts.drawn = {c: {colour: mask} for c, colour in _palette(pair[1], used).items()}
     if pixels is not None and codes is not None:
         facts.digests.append((image, _digest(pixels), _digest(codes)))
         if pixels.shape[:2] != codes.shape:
@@ -211,6 +230,17 @@ def _digest(array: npt.NDArray[Any]) -> bytes:
 def _is_jpeg(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(3) == b"\xff\xd8\xff"
+
+
+def _palette(path: Path, codes: Iterable[int]) -> dict[int, Colour]:
+    """Returns the colours that a PNG with a palette shows codes in; nothing for other files."""
+    with open_image(path) as image:
+        # Not getpalette(), which decodes the file once more.
+        kind, parts = image.palette.getdata() if image.palette else ("", b"")
+    if kind != "RGB":
+        return {}
+    colours = list(zip(parts[::3], parts[1::3], parts[2::3], strict=False))
+    return {code: colours[code] for code in codes if code < len(colours)}
 
 
 def _is_copy(pixels: Pixels, codes: Codes, facts: SplitFacts) -> bool:

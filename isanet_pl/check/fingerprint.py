@@ -11,6 +11,7 @@ import numpy as np
 
 from isanet_pl.check.facts import Files, Outside, Pixels, SplitFacts, count_classes
 from isanet_pl.data.files import IGNORE
+from isanet_pl.data.palette import Colour
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class SplitFingerprint:
         outside: The codes without a class.
         files: What was noted about files; see `isanet_pl.check.facts.read_pairs`.
         largest: (image, mask) with the most pixels of each class; None: it occurs in none.
+        redrawn: Codes that masks with palettes show in several colours: code, one colour and a
+            mask that has it, another colour and a mask.
         num_masks: Masks that differ from each other.
     """
 
@@ -49,6 +52,7 @@ class SplitFingerprint:
     outside: dict[int, Outside]
     files: dict[str, Files]
     largest: tuple[tuple[str, str] | None, ...]
+    redrawn: tuple[tuple[int, Colour, str, Colour, str], ...]
     num_masks: int
 
     @property
@@ -135,6 +139,11 @@ def summarise(
         outside=facts.outside,
         files=facts.files,
         largest=tuple(pair and pair[1:] for pair in pairs),
+        redrawn=tuple(
+            (code, *first, *second)
+            for code, (first, *others) in sorted((c, d.items()) for c, d in facts.drawn.items())
+            for second in others
+        ),
         num_masks=len({mask for *_, mask in facts.digests}),
     )
 

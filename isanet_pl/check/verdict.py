@@ -96,6 +96,15 @@ def _find_in_files(name: str, split: SplitFingerprint) -> Iterator[Problem]:
     if split.sizes and split.brightest < DARK:
         message = f"the brightest value of all images is {split.brightest} of 255"
         yield Problem("warning", name, f"{message}; save them with values from 0 to 255")
+    if split.redrawn:
+        code, colour, mask, other_colour, other_mask = split.redrawn[0]
+        yield Problem(
+            "warning",
+            name,
+            f"the value {code} is drawn in the colour {colour} in {mask}, but in {other_colour} in "
+            f"{other_mask}: if colours say the class, give each its own in classes.txt, as "
+            "`road 128 64 128`",
+        )
     if split.num_masks == 1 < split.num_pairs:
         yield Problem("warning", name, f"all {split.num_pairs} masks are the same")
 

@@ -10,7 +10,7 @@ import lightning
 import isanet_pl.data
 from isanet_pl.checkpoint_io import read_checkpoint, save_whole
 from isanet_pl.data import SegmentationDataModule
-from isanet_pl.data.dataset import Colour, default_palette
+from isanet_pl.data.palette import Colour, default_palette
 from isanet_pl.errors import InputError
 from isanet_pl.losses import SegmentationLoss
 from isanet_pl.models import ISANet

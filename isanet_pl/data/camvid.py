@@ -1,7 +1,7 @@
 """CamVid, street scenes from a driving car, in SegNet's split and 11 classes."""
 
 from isanet_pl.data.datamodule import SegmentationDataModule, Split
-from isanet_pl.data.files import Pair, pair_by_stem
+from isanet_pl.data.files import IGNORE, Pair, pair_by_stem
 
 
 class CamVid(SegmentationDataModule):
@@ -44,7 +44,7 @@ class CamVid(SegmentationDataModule):
         (64, 64, 0),
         (0, 128, 192),
     )
-    label_map = {**{i: i for i in range(11)}, 11: 255}
+    label_map = {**{i: i for i in range(11)}, 11: IGNORE}
 
     def list_pairs(self, split: Split) -> list[Pair]:
         """Returns the (image, label) files of a split."""

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from isanet_pl.data.archives import find_below, list_ids, pair_ids, read_ids, read_mat
 from isanet_pl.data.datamodule import SegmentationDataModule, Split
-from isanet_pl.data.dataset import default_palette
 from isanet_pl.data.files import IGNORE, Codes, Pair
+from isanet_pl.data.palette import default_palette
 
 UNUSED_IDS = frozenset({12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91})
 """Ids of things that COCO has no masks of: street sign, hat, shoe, eye glasses, plate, mirror,

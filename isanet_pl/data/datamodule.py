@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,6 @@ from isanet_pl.data.cache import DecodedCache
 from isanet_pl.data.colours import distort
 from isanet_pl.data.dataset import (
     CodeTable,
-    Colour,
     ImageDataset,
     PairDataset,
     Sample,
@@ -26,6 +26,7 @@ from isanet_pl.data.dataset import (
     collate,
 )
 from isanet_pl.data.files import MAX_PIXELS, Codes, Pair, read_mask
+from isanet_pl.data.palette import Colour
 from isanet_pl.data.sampler import (
     DrawLoader,
     DrawnSamples,
@@ -168,7 +169,8 @@ class SegmentationDataModule(pl.LightningDataModule):
             pairs = [*pairs, *self.list_pairs("val")]
         if self.cache is not None and self._decoded is None:
             # Masks are kept as classes, so what maps them belongs to the key.
-            reader = f"{self.read_codes.__module__}.{self.read_codes.__qualname__}"
+            function = getattr(self.read_codes, "__qualname__", self.read_codes)
+            reader = f"{self.read_codes.__module__}.{function}"
             self._decoded = DecodedCache(Path(self.cache), self.table.tobytes() + reader.encode())
         dataset = PairDataset(
             pairs,
@@ -325,6 +327,10 @@ class SegmentationDataModule(pl.LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": outlive_termination,
+            # Python 3.14 would start a server for them, which SIGTERM to the group ends.
+            "multiprocessing_context": (
+                "fork" if self.num_workers and sys.platform == "linux" else None
+            ),
             "pin_memory": self._device.type == "cuda",
             # Or each new loader would take a random number from dropout.
             "generator": torch.Generator(),

@@ -34,7 +34,6 @@ from isanet_pl.errors import InputError
 log = logging.getLogger(__name__)
 
 CodeTable = np.ndarray[tuple[int], np.dtype[np.uint8]]
-Colour = tuple[int, int, int]
 
 
 class Sample(TypedDict, total=False):
@@ -70,19 +69,6 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     if "mask" in batch:
         batch["mask"] = default_collate(batch["mask"])
     return batch
-
-
-def default_palette(num_classes: int) -> tuple[Colour, ...]:
-    """Returns PASCAL VOC's colour map: the bits of the class index spread over R, G and B."""
-    palette = []
-    for index in range(num_classes):
-        colour, code = [0, 0, 0], index
-        for bit in range(7, -1, -1):
-            for channel in range(3):
-                colour[channel] |= (code >> channel & 1) << bit
-            code >>= 3
-        palette.append((colour[0], colour[1], colour[2]))
-    return tuple(palette)
 
 
 def code_table(

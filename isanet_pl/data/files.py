@@ -245,7 +245,8 @@ def read_mask(path: Path) -> Codes:
         if image.mode not in {"P", "L", "1", "I", "I;16", "I;16B"}:
             raise InputError(
                 f"{path} is an {image.mode} image, but a mask must hold one class index per pixel "
-                "(palette or greyscale); map its colours to indices first"
+                "(palette or greyscale); map its colours to indices first, or give them to a "
+                "SegmentationFolder in classes.txt, as `road 128 64 128`"
             )
         tiles = getattr(image, "tile", [])
         stored_as = str(tiles[0][3]) if tiles else ""

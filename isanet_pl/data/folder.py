@@ -1,13 +1,16 @@
 """Anybody's images and masks in folders."""
 
+import re
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from isanet_pl.data.datamodule import SegmentationDataModule, Split
-from isanet_pl.data.dataset import default_palette
-from isanet_pl.data.files import Pair, pair_by_stem
-from isanet_pl.errors import InputError
+from isanet_pl.data.files import IGNORE, Pair, pair_by_stem
+from isanet_pl.data.palette import Colour, ColourMasks, default_palette
+from isanet_pl.errors import InputError, few
+
+WITH_COLOUR = re.compile(r"(.*\S)\s+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})")
 
 
 class SegmentationFolder(SegmentationDataModule):
@@ -16,6 +19,10 @@ class SegmentationFolder(SegmentationDataModule):
     Masks are index images (palette or greyscale PNG): 0..K-1 for the classes, 255 to ignore. Other
     codes are translated by `label_map` or `reduce_zero_label`. Class names come from the argument
     or from `root/classes.txt`, one a line.
+
+    Where each line of `classes.txt` ends in a colour, as `road 128 64 128`, masks in colours (RGB
+    or palette images) are read by these, and predictions are drawn in them. Lines of the name
+    `ignore` give the colours of pixels that do not count.
 
     Args:
         root: The folder.
@@ -26,7 +33,7 @@ class SegmentationFolder(SegmentationDataModule):
         kwargs: See `SegmentationDataModule`.
 
     Raises:
-        InputError: There are no class names, or fewer than two.
+        InputError: There are no class names, or fewer than two, or `classes.txt` is wrong.
     """
 
     def __init__(
@@ -38,17 +45,21 @@ class SegmentationFolder(SegmentationDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root=root, **kwargs)
-        self.class_names = self._read_names() if class_names is None else list(class_names)
-        if len(self.class_names) < 2:
-            raise InputError(f"at least two classes are needed, got {list(self.class_names)}")
-        if len(set(self.class_names)) < len(self.class_names):
-            raise InputError(f"a class name occurs twice: {list(self.class_names)}")
-        self.palette = default_palette(len(self.class_names))
         self.label_map = label_map
         self.reduce_zero_label = reduce_zero_label
+        colours: list[Colour] = []
+        if class_names is None:
+            class_names, colours = self._read_classes()
+        self.class_names = list(class_names)
+        if len(self.class_names) < 2:
+            raise InputError(f"at least two classes are needed, got {self.class_names}")
+        if len(set(self.class_names)) < len(self.class_names):
+            raise InputError(f"a class name occurs twice: {self.class_names}")
+        self.palette = colours or default_palette(len(self.class_names))
 
-    def _read_names(self) -> list[str]:
-        path: Path = self.root_path / "classes.txt"
+    def _read_classes(self) -> tuple[list[str], list[Colour]]:
+        """Returns names and, where the file gives them, colours; masks are then read by these."""
+        path = self.root_path / "classes.txt"
         if not path.is_file():
             raise InputError(
                 f"class names are missing: give --data.class_names '[a, b]' or write {path}, one "
@@ -60,7 +71,32 @@ class SegmentationFolder(SegmentationDataModule):
             raise InputError(
                 f"{path} is no UTF-8 text ({error.reason}): save it as UTF-8"
             ) from error
-        return [line.strip() for line in lines if line.strip()]
+        lines = [line.strip() for line in lines if line.strip()]
+        found = [WITH_COLOUR.fullmatch(line) for line in lines]
+        coloured = [match for match in found if match]
+        if not coloured:
+            return lines, []
+        if len(coloured) < len(lines):
+            without = [line for line, match in zip(lines, found, strict=True) if not match]
+            raise InputError(
+                f"{path}: some lines end in a colour, as `road 128 64 128`, but not {few(without)}"
+            )
+        entries = [(m[1], (int(m[2]), int(m[3]), int(m[4]))) for m in coloured]
+        wrong = [str(c) for c, n in Counter(c for _, c in entries).items() if n > 1 or max(c) > 255]
+        if wrong:
+            raise InputError(
+                f"{path}: a colour is of one line alone, and of numbers up to 255: {few(wrong)}"
+            )
+        if self.label_map is not None or self.reduce_zero_label:
+            raise InputError(
+                f"{path} gives colours, which say the class: leave out --data.label_map and "
+                "--data.reduce_zero_label"
+            )
+        classes = [(name, colour) for name, colour in entries if name != "ignore"]
+        numbers = {colour: number for number, (_, colour) in enumerate(classes)}
+        ignored = {colour: IGNORE for name, colour in entries if name == "ignore"}
+        self.read_codes = ColourMasks({**numbers, **ignored})
+        return [name for name, _ in classes], [colour for _, colour in classes]
 
     def list_pairs(self, split: Split) -> list[Pair]:
         """Returns the (image, mask) files of a split."""

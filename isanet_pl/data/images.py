@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from isanet_pl.data.datamodule import SegmentationDataModule, Split
-from isanet_pl.data.dataset import Colour
 from isanet_pl.data.files import Pair
+from isanet_pl.data.palette import Colour
 from isanet_pl.errors import InputError
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from isanet_pl.data.ade20k import ADE20K
 from isanet_pl.data.archives import find_below, pair_ids, read_ids, read_mat
 from isanet_pl.data.datamodule import SegmentationDataModule, Split
-from isanet_pl.data.dataset import Colour
 from isanet_pl.data.files import Codes, Pair, read_mask
+from isanet_pl.data.palette import Colour
 
 DETAIL = {"train": 4996, "val": 5104}
 """Images of the lists in SegmentationContext, made from Detail API's trainval_merged.json."""

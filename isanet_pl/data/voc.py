@@ -5,8 +5,8 @@ from typing import Any
 
 from isanet_pl.data.archives import find_below, pair_ids, read_ids, read_mat
 from isanet_pl.data.datamodule import SegmentationDataModule, Split
-from isanet_pl.data.dataset import default_palette
 from isanet_pl.data.files import Codes, Pair, read_mask
+from isanet_pl.data.palette import default_palette
 
 
 class VOC(SegmentationDataModule):
