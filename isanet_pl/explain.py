@@ -19,6 +19,7 @@ OUT_OF_MEMORY = (
     "out of memory",
     "OUT_OF_MEMORY",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "less than INT_MAX elements",  # of older releases, whose upsampling takes no larger maps
 )
 """What PyTorch says, of CPUs and GPUs, when memory does not suffice."""
 

@@ -23,6 +23,7 @@ from isanet_pl.checkpoint_io import read_checkpoint
 from isanet_pl.data.files import IMAGE_SUFFIXES, list_files, read_image
 from isanet_pl.errors import InputError
 from isanet_pl.exported import METADATA, Run, onnx_runner, require_onnx
+from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet, fuse_for_inference
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -61,7 +62,7 @@ class SegmentationTrainer(pl.Trainer):
         datamodule: Any = None,
         ckpt_path: str | None = None,
         path: str = "model.onnx",
-        size: tuple[int, int] = (512, 1024),
+        size: tuple[int, int] | None = None,
         dynamic: bool = False,
         normalise: Literal["inside", "outside"] = "inside",
         images: str | None = None,
@@ -76,7 +77,8 @@ class SegmentationTrainer(pl.Trainer):
             datamodule: Not used.
             ckpt_path: The weights.
             path: File to write: NAME.onnx, or NAME.pt2 for a torch.export archive.
-            size: Height and width of its images. The batch is free in any case.
+            size: Height and width of its images; null: of the checkpoint's windows, or 512x1024
+                where it has none. The batch is free in any case.
             dynamic: Let height and width be free as well, in multiples of stride times window.
                 Other images are padded to such multiples, which a checkpoint does only if told
                 to: its `inference.pad_multiple`.
@@ -96,18 +98,24 @@ class SegmentationTrainer(pl.Trainer):
         model.load_state_dict(checkpoint["state_dict"])
         network = model.network.float().eval()
         target = Path(path)
+        inference = model.inference
+        if size is None:
+            window = inference.crop_size if inference.mode == "slide" else None
+            size = window or (512, 1024)
         _check_options(network, target, size, dynamic, images, int8, num_calibration)
         takes_uint8 = normalise == "inside"
         metadata = {
             **model.description(),
             "size": None if dynamic else list(size),
+            "stride": network.output_stride,
             "multiples": list(size_multiples(network)),
             "normalise": normalise,
         }
         real = [] if images is None else _read_images(Path(images), size, num_calibration)
         inputs = [torch.randint(256, (2, 3, *size), dtype=torch.uint8), *real[:NUM_REAL]]
         with _checked_first(target) as file:
-            program = trace(fuse_for_inference(network), size, dynamic, takes_uint8)
+            least = least_windows(target) if dynamic else None
+            program = trace(fuse_for_inference(network), size, least, takes_uint8)
             if target.suffix == ".onnx":
                 write_onnx(program, file, metadata)
                 if int8:
@@ -118,12 +126,22 @@ class SegmentationTrainer(pl.Trainer):
                 torch.export.save(program, file, extra_files={f"{METADATA}.json": text})
                 run = torch.export.load(file).module()
             compare(file, network, run, inputs, takes_uint8, exact=not int8)
-        if model.inference.base_size is not None:
-            log.info(
-                "the network was made for images scaled to fit %s (long and short edge): the file "
-                "leaves that to its user",
-                tuple(model.inference.base_size),
-            )
+        left = _left_to_the_user(inference)
+        if left:
+            log.info("the network was made for %s: the file leaves that to its user", left)
+
+
+def _left_to_the_user(inference: Inference) -> str:
+    """Returns what a network's scores need besides the network, in words; empty: nothing."""
+    parts = []
+    if inference.base_size is not None:
+        parts.append(f"images scaled to fit {tuple(inference.base_size)} (long and short edge)")
+    if inference.mode == "slide":
+        parts.append(f"windows of {inference.crop_size}, {inference.window_stride} apart")
+    if list(inference.scales) != [1.0] or inference.flip:
+        mirrored = ", mirrored too" if inference.flip else ""
+        parts.append(f"views at {list(inference.scales)} times the size{mirrored}")
+    return " and ".join(parts)
 
 
 @contextmanager
@@ -169,8 +187,9 @@ def size_multiples(network: ISANet) -> tuple[int, int]:
 
     With `ceil_mode` there is one position more on each side, and windows always need it.
     """
-    stride = network.arguments["output_stride"]
-    factors = network.arguments["down_factors"]
+    stride = network.output_stride
+    windows = network.arguments["context"] == "isa"
+    factors = network.arguments["down_factors"] if windows else [(1, 1)]
     return (
         stride * math.lcm(*(int(dh) for dh, _ in factors)),
         stride * math.lcm(*(int(dw) for _, dw in factors)),
@@ -201,6 +220,12 @@ def _check_options(
             f"--dynamic true takes sizes in multiples of {tuple(multiples)} (stride times window): "
             f"--size {tuple(size)} is none"
         )
+    least = [least_windows(target) * m for m in multiples]
+    if dynamic and any(s < m for s, m in zip(size, least, strict=True)):
+        raise InputError(
+            f"--dynamic true in a {target.suffix} file takes sizes from {tuple(least)} on, two "
+            f"windows a side: got {tuple(size)}"
+        )
     if int8 and (target.suffix != ".onnx" or images is None):
         raise InputError("--int8 true needs an .onnx file and --images DIR to calibrate with")
     if target.suffix == ".onnx":
@@ -214,26 +239,35 @@ def _check_options(
         raise InputError(f"--num_calibration must be 1 or more: {num_calibration}")
 
 
+def least_windows(target: Path) -> int:
+    """Returns how many windows a side must have at least, in a file for any size.
+
+    torch.export takes a side of one window for a side that is never another, ONNX does not mind.
+    """
+    return 1 if target.suffix == ".onnx" else 2
+
+
 def trace(
-    network: ISANet, size: Sequence[int], dynamic: bool, takes_uint8: bool
+    network: ISANet, size: Sequence[int], least: int | None, takes_uint8: bool
 ) -> ExportedProgram:
     """Returns the network as a graph.
 
     Args:
         network: In eval mode, on the CPU.
         size: (H, W) of its images, or of some of them.
-        dynamic: Free height and width, in the multiples of `size_multiples`.
+        least: Free height and width, in the multiples of `size_multiples`, from so many of them on;
+            None: leave them fixed.
         takes_uint8: Normalise images in the graph.
 
     Raises:
         InputError: The network cannot be traced with free sizes.
     """
     free: dict[int, Any] = {0: Dim("batch", min=1, max=1024)}
-    if dynamic:
+    if least is not None:
         multiples = size_multiples(network)
         for axis, (name, step) in enumerate(zip("hw", multiples, strict=True)):
-            free[2 + axis] = step * Dim(name, min=1, max=LARGEST // step)
-        # A single window would be taken for a side that is never another.
+            free[2 + axis] = step * Dim(name, min=least, max=LARGEST // step)
+        # See `least_windows`.
         size = [max(s, 2 * step) for s, step in zip(size, multiples, strict=True)]
     example = torch.zeros(2, 3, *size, dtype=torch.uint8 if takes_uint8 else torch.float32)
     try:
@@ -241,7 +275,7 @@ def trace(
             Exportable(network, takes_uint8), (example,), dynamic_shapes={"image": free}
         )
     except Exception as error:
-        if not dynamic:
+        if least is None:
             raise
         raise InputError(
             f"this network cannot be exported for any size; use --dynamic false ({error})"

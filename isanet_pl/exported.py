@@ -77,7 +77,7 @@ class OnnxNetwork(nn.Module):
         self.align_corners = bool(arguments["align_corners"])
         self.size: list[int] | None = description["size"]
         # A file for one size pads to it by itself.
-        self.output_stride = 1 if self.size else int(arguments["output_stride"])
+        self.output_stride = 1 if self.size else int(description["stride"])
         self.multiples: list[int] = description["multiples"]
         self.inside = description["normalise"] == "inside"
         for name in ("mean", "std"):

@@ -47,7 +47,7 @@ class SegmentationLoss(nn.Module):
         ohem_threshold: Count only pixels whose true class has at most this probability, 0.7 in the
             literature; None counts all.
         ohem_min_kept: With OHEM, count at least this many pixels of a batch on a device, the
-            hardest.
+            hardest; as openseg. (mmsegmentation's `min_kept` is of one image.)
         aux_weight: Weight of the auxiliary head's loss.
         ignore_index: Label of pixels that never count.
 
@@ -90,35 +90,43 @@ class SegmentationLoss(nn.Module):
         Raises:
             ValueError: There are not as many class weights as classes.
         """
-        loss = self._cross_entropy(outputs["out"], target, self.ohem_threshold)
-        if "aux" in outputs:
-            loss = loss + self.aux_weight * self._cross_entropy(outputs["aux"], target, None)
-        return loss
-
-    def _cross_entropy(self, logits: Tensor, target: Tensor, threshold: float | None) -> Tensor:
-        num_classes = logits.shape[1]
+        num_classes = outputs["out"].shape[1]
         if self.class_weights is not None and len(self.class_weights) != num_classes:
             raise ValueError(
                 f"class_weights has {len(self.class_weights)} entries for {num_classes} classes"
             )
         target = target.long()
+        counted = target != self.ignore_index
+        weights = counted.float()
+        if self.class_weights is not None:
+            # Any class will do at ignored pixels: they are multiplied by zero.
+            weights = weights * self.class_weights[target.clamp(0, num_classes - 1)]
+        shares = self._shares(weights)
+        losses = self._cross_entropy(outputs["out"], target)
+        if self.ohem_threshold is None:
+            loss = (losses * shares).sum()
+        else:
+            hard = self._is_hard(losses.detach(), counted, self.ohem_threshold)
+            loss = (losses * self._shares(weights * hard)).sum()
+        if "aux" in outputs:
+            aux_losses = self._cross_entropy(outputs["aux"], target)
+            loss = loss + self.aux_weight * (aux_losses * shares).sum()
+        return loss
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Returns the loss of each pixel, fp32 (N, H, W), zero where it is ignored."""
         # fp32 also under autocast: a sum over 10^5 pixels does not fit into 8 bits of mantissa.
-        losses = F.cross_entropy(
+        return F.cross_entropy(
             logits.float(), target, ignore_index=self.ignore_index, reduction="none"
         )
-        counted = target != self.ignore_index
-        if threshold is not None:
-            counted = counted & self._is_hard(losses.detach(), counted, threshold)
-        if self.class_weights is None:
-            weights = counted.float()
-        else:
-            # Any class will do at ignored pixels: they are multiplied by zero.
-            weights = self.class_weights[target.clamp(0, num_classes - 1)] * counted
-        counted_weight = weights.sum()
+
+    def _shares(self, weights: Tensor) -> Tensor:
+        """Returns each pixel's share in the mean, of weights (N, H, W) that may all be zero."""
+        total = weights.sum()
         if self.training:
-            counted_weight = mean_over_ranks(counted_weight)
-        tiny = torch.finfo(torch.float32).tiny
-        return (losses * weights).sum() / counted_weight.clamp(min=tiny)
+            total = mean_over_ranks(total)
+        # Not a tiny number instead of zero: in fp16, a scaled gradient divided by it is infinite.
+        return weights / total.where(total > 0, 1.0)
 
     def _is_hard(self, losses: Tensor, counted: Tensor, threshold: float) -> Tensor:
         """Returns a bool map: probability at most the threshold, or among the hardest."""

@@ -139,14 +139,28 @@ def test_a_file_of_one_size_pads_by_itself(tmp_path):
     assert np.mean(found == expected.numpy()) > 0.99  # the file's padding is rounded to uint8
 
 
-def test_a_dynamic_archive_of_one_window_takes_more(checkpoint, tmp_path):
-    export(checkpoint, tmp_path / "a.pt2", "--size", "[16, 48]", "--dynamic", "true")
+def test_a_dynamic_archive_takes_two_windows_and_more(checkpoint, tmp_path):
+    export(checkpoint, tmp_path / "a.pt2", "--size", "[32, 48]", "--dynamic", "true")
     files = {"isanet_pl.json": ""}
     program = torch.export.load(tmp_path / "a.pt2", extra_files=files).module()
-    for size in ((16, 16), (16, 64), (48, 32)):
+    for size in ((32, 32), (32, 64), (96, 48)):
         image = images(*size, count=2)
         assert close(program(image), eager(checkpoint, image))
     assert json.loads(files["isanet_pl.json"])["class_names"] == list(NAMES)
+
+
+def test_what_a_file_leaves_to_its_user_is_said(tmp_path, caplog):
+    view = {"mode": "slide", "crop_size": (24, 40), "base_size": (90, 60), "flip": True}
+    checkpoint = write_checkpoint(tmp_path / "tiny.ckpt", inference=view)
+    caplog.set_level("INFO", "isanet_pl")
+    export(checkpoint, tmp_path / "a.pt2")
+    assert (
+        "made for images scaled to fit (90, 60) (long and short edge) and windows of (24, 40), "
+        "(16, 26) apart and views at [1.0] times the size, mirrored too: the file leaves"
+    ) in caplog.text
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    image = images(24, 40)  # of the window's size, as none was given
+    assert close(program(image), eager(checkpoint, image))
 
 
 def test_files_say_what_they_are(fixed, dynamic):
@@ -175,6 +189,11 @@ def test_multiples_cover_all_windows():
     network = ISANet(2, "resnet18", last_stage=2, down_factors=((8, 4), (6, 1)), key_channels=4,
                      value_channels=4, out_channels=4)  # fmt: skip
     assert size_multiples(network) == (8 * 24, 8 * 4)
+    options = {"last_stage": 1, "down_factors": ((5, 20),), "key_channels": 4, "value_channels": 4}
+    network = ISANet(2, "resnet18", **options, out_channels=4)
+    assert size_multiples(network) == (4 * 5, 4 * 20)
+    network = ISANet(2, "resnet18", **options, out_channels=4, context="none")
+    assert size_multiples(network) == (4, 4)
 
 
 @pytest.mark.usefixtures("written")
@@ -279,6 +298,10 @@ def test_int8(checkpoint, tmp_path, fixed, monkeypatch):
         (("--size", "[0, 8]"), r"--size must be two positive integers, got \(0, 8\)"),
         (("--size", "[24, 40]", "--dynamic", "true"), r"multiples of \(16, 16\).*\(24, 40\)"),
         (("--int8", "true"), "--int8 true needs an .onnx file and --images"),
+        (
+            ("--path", "a.pt2", "--size", "[16, 48]", "--dynamic", "true"),
+            r"a \.pt2 file takes sizes from \(32, 32\) on, two windows a side: got \(16, 48\)",
+        ),
         (("--path", "a.pt2", "--int8", "true", "--images", "."), "needs an .onnx file"),
         (("--images", "nowhere"), "folder not found: nowhere"),
         (("--num_calibration", "0"), "--num_calibration must be 1 or more: 0"),

@@ -28,11 +28,6 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def small_net(**arguments):
     return ISANet(**{**SMALL, **arguments})
 
@@ -314,6 +309,17 @@ def test_backbone_runs_without_dilation():
     with torch.device("meta"):
         before, last = Backbone("resnet18", output_stride=32)(torch.zeros(1, 3, 64, 64))
     assert (before.shape[2:], last.shape[2:]) == ((4, 4), (2, 2))
+
+
+@pytest.mark.parametrize("last_stage", [1, 2, 3, 4])
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+def test_the_stride_is_that_of_the_last_map(output_stride, last_stage):
+    with torch.device("meta"):
+        network = ISANet(2, "resnet18", output_stride, last_stage, context="aspp", out_channels=4)
+        stride = 64 // network.backbone(torch.zeros(1, 3, 64, 64))[1].shape[2]
+    assert network.output_stride == stride == min(output_stride, 2 ** (last_stage + 1))
+    dilations = {branch[0].dilation[0] * stride for branch in network.context.branches[1:]}
+    assert dilations == {96, 192, 288}  # 12, 24 and 36 at stride 8, as in DeepLabV3
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,15 @@ def test_other_ignore_index(logits, target):
     torch.testing.assert_close(loss, expected)
 
 
+def test_pixels_of_weight_zero_alone_train_nothing_in_16_mixed_either(logits, target):
+    logits.requires_grad_()
+    target = target.where(target == 255, 0)
+    loss = SegmentationLoss([0.0, 1.0, 1.0, 1.0])({"out": logits}, target)
+    (65536 * loss).backward()  # as a GradScaler does
+    assert loss == 0
+    assert not logits.grad.any()  # nor is one not finite
+
+
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 @pytest.mark.parametrize(
     ("threshold", "min_kept", "num_kept"),  # of 50 pixels that are not ignored

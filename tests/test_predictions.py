@@ -44,7 +44,7 @@ def write_checkpoint(path, names=NAMES, inference=None, seed=0, **arguments):
     torch.manual_seed(seed)
     network = ISANet(
         len(names), "resnet18", last_stage=1, key_channels=4, value_channels=4, out_channels=4,
-        down_factors=((2, 2),), **{"form": "reduced", **arguments},
+        down_factors=((4, 4),), **{"form": "reduced", **arguments},
     )  # fmt: skip
     with torch.no_grad():  # so that several classes are found
         weight = torch.randn_like(network.classifier.weight)

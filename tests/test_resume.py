@@ -648,7 +648,9 @@ def test_the_average_follows_the_weights():
     average = ExponentialAverage(0.9)
     averaged, counts = [torch.zeros(3)], [torch.tensor(5)]
     expected = 0.0
+    average._average_model = SimpleNamespace(n_averaged=torch.tensor(0))
     for update in range(1, 200):
+        average._average_model.n_averaged += 1
         average._update(averaged, [torch.full((3,), float(update))], torch.tensor(update))
         average._update(counts, [torch.tensor(update)], torch.tensor(update))
         decay = min(0.9, (1 + update) / (10 + update))
@@ -668,6 +670,7 @@ def test_the_average_is_on_the_device_of_the_training():
     strategy = SimpleNamespace(root_device=torch.device("meta"))
     average.setup(SimpleNamespace(strategy=strategy), module, "fit")
     assert {p.device.type for p in average._average_model.parameters()} == {"meta"}
+    assert average._average_model.n_averaged.device.type == "cpu"  # nobody waits for a GPU
     assert {p.device.type for p in module.parameters()} == {"cpu"}
 
 

@@ -47,12 +47,16 @@ class ExponentialAverage(WeightAveraging):
             super().setup(trainer, pl_module, stage)
         finally:
             module.optimizer = optimizer
+        if self._average_model is not None:
+            # On the CPU: each look at it would make a GPU finish its work first.
+            self._average_model.n_averaged = torch.tensor(0)
 
     @torch.no_grad()
     def _update(
         self, averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor
     ) -> None:
-        count = int(num_averaged)
+        assert self._average_model is not None
+        count = int(self._average_model.n_averaged)  # `num_averaged` is a copy on the device
         share = 1 - min(self.decay, (1 + count) / (10 + count))
         if averaged[0].is_floating_point():
             torch._foreach_lerp_(list(averaged), list(current), share)

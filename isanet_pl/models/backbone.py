@@ -39,12 +39,15 @@ class Backbone(nn.Module):
         name: A timm ResNet: `resnet18`, `resnet34`, `resnet50`, `resnet101`; the V1c variants with
             the deep stem of mmsegmentation, `resnet50c`, `resnet101c`; those with the authors'
             stem, twice as wide, `resnet50s`, `resnet101s`.
-        output_stride: Input pixels per feature position; strides beyond it become dilations.
+        output_stride: Input pixels per feature position at most; strides beyond it become
+            dilations.
         last_stage: The last residual stage to build, 1 to 4; 4 is the whole network.
         ceil_mode: Round the max-pool's size up, as the authors' backbone does.
 
     Attributes:
         channels: Channels of the two returned maps: the stage before the last, the last.
+        output_stride: Input pixels per position of the last map: with fewer stages perhaps less
+            than was asked for.
 
     Raises:
         ValueError: timm has no such model, or it is not a ResNet.
@@ -83,6 +86,7 @@ class Backbone(nn.Module):
                 conv.__class__ = SameConv  # the same conv with a faster gradient, where it stands
         self.name = name
         self.net: nn.Module = net
+        self.output_stride: int = net.feature_info.reduction()[-1]
         before, last = net.feature_info.channels()
         self.channels: tuple[int, int] = (before, last)
 

@@ -2,8 +2,8 @@
 
 Each is built as its paper and mmsegmentation's head have it, from its input on, so that they share
 backbone, classifier and recipe, and differ in the context alone; dense attention is ISA's own block
-over all positions. Pooled maps are enlarged without `align_corners`, whatever the network does with
-its logits.
+over all positions, and "none" a conv1x1, where mmsegmentation's FCN head has three conv3x3. Pooled
+maps are enlarged without `align_corners`, whatever the network does with its logits.
 """
 
 from collections.abc import Sequence

@@ -27,7 +27,8 @@ def fuse_for_inference(module: ModuleT, dtype: torch.dtype | None = None) -> Mod
         module: An `ISANet`, or any module whose BatchNorms follow their convs in the order of
             registration, as those of the ResNets do.
         dtype: What autocast will compute in: the parameters are converted to it once, rather than
-            at every call, with the same results. None leaves them as they are.
+            at every call, with the same results (but for RCCA, whose residual autocast adds in
+            fp32). None leaves them as they are.
     """
     fused = copy.deepcopy(module).eval()
     for name, part in list(fused.named_modules()):

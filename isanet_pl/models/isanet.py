@@ -59,7 +59,7 @@ class ISANet(nn.Module):
         num_classes: K; the command line takes it from the data.
         backbone: A timm ResNet: resnet18, resnet34, resnet50, resnet101; with the deep stem of
             mmsegmentation resnet50c, resnet101c; with the authors' wider one resnet50s, resnet101s.
-        output_stride: Input pixels per feature position.
+        output_stride: Input pixels per feature position; without the later stages it may be less.
         last_stage: The last residual stage of the backbone to build; 4 is the whole ResNet.
         pretrained: Load timm's ImageNet weights (downloads them).
         weights_path: Start from the weights in this local file: those of a backbone, whole or in
@@ -137,7 +137,7 @@ class ISANet(nn.Module):
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
-        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        arguments = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
         # As a config has them, that a checkpoint is compared with: 1 and 1.0 are one number.
         arguments |= {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
         super().__init__()
@@ -155,18 +155,18 @@ class ISANet(nn.Module):
         self.loaded: frozenset[str] = frozenset()
         self.inference = Inference()
         self.align_corners: bool = arguments["align_corners"]
-        self.output_stride: int = output_stride
         self.classify_before_upsampling = reduced or classify_before_upsampling
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
         self.backbone = Backbone(backbone, output_stride, last_stage, ceil_mode)
+        self.output_stride = self.backbone.output_stride
         before_channels, channels = self.backbone.channels
         self.reduce: nn.Module = nn.Identity()
         if reduced:
             self.reduce = conv_bn_relu(channels, out_channels, 3, negative_slope)
             channels = out_channels
-        self.context = _context_module(channels, arguments)
+        self.context = _context_module(channels, self.output_stride, arguments)
         self.project: nn.Module = nn.Identity()
         if reduced:
             self.classifier = nn.Conv2d(out_channels, num_classes, 1)
@@ -355,8 +355,14 @@ def _check(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is of ISA alone: leave it null with context {context}")
 
 
-def _context_module(channels: int, arguments: Mapping[str, Any]) -> nn.Module:
-    """Returns the context module, on maps of so many channels, that a network's arguments name."""
+def _context_module(channels: int, stride: int, arguments: Mapping[str, Any]) -> nn.Module:
+    """Returns the context module that a network's arguments name.
+
+    Args:
+        channels: Of its input.
+        stride: Input pixels per position of its input.
+        arguments: Of the network.
+    """
 
     def taken(*names: str) -> dict[str, Any]:
         return {name: arguments[name] for name in names}
@@ -371,6 +377,8 @@ def _context_module(channels: int, arguments: Mapping[str, Any]) -> nn.Module:
         return DenseAttention(
             channels, **taken("key_channels"), **common, sdpa=context == "dense_sdpa"
         )
+    if context == "aspp":  # the paper's for stride 8, and half of these for 16
+        common["dilations"] = [1, *(8 * d // stride for d in (12, 24, 36))]
     return OTHER_CONTEXTS[context](channels, **common)
 
 
