@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
-from isanet_pl.errors import InputError
+from isanet_pl.callbacks.results import code_version
+from isanet_pl.errors import InputError, few
 from isanet_pl.hardware import num_cores
 
 OURS = ("--config", "-c", "--seed_everything", "--runs_dir", "--name", "--ckpt_path", "--resume")
@@ -269,6 +270,15 @@ def table(cells: Iterable[Cell], finished: Mapping[Cell, Found]) -> Table:
     return table
 
 
+def of_other_code(finished: Mapping[Cell, Found]) -> list[str]:
+    """Returns the cells that were run by another commit than this one.
+
+    Their configs are the same, or they would not be taken for finished; their code may differ.
+    """
+    now = code_version()
+    return [cell.name for cell, found in finished.items() if found.code != now]
+
+
 def print_commands(configs: Configs) -> None:
     """Prints what would be run."""
     for cell, config in configs.items():
@@ -302,6 +312,14 @@ def main(args: Sequence[str]) -> int:
         print(f"stopped; the same command goes on: python scripts/ablate.py {shlex.join(args)}")
         return 130
     console.print(table(configs, grid.finished))
+    others = of_other_code(grid.finished)
+    if others:
+        console.print(
+            f"of another commit than the code has now: {few(others)}. If the difference matters, "
+            "delete their folders and start this again",
+            soft_wrap=True,
+            markup=False,
+        )
     for name, lines in grid.failures.items():
         print(f"{name} has not finished: " + "\n  ".join(lines))
     print(f"report: python scripts/report.py {options.output} --output {options.output}/report")

@@ -9,7 +9,6 @@ They alternate within one process; colours, which are changed on the device, are
 """
 
 import argparse
-import itertools
 import json
 import statistics
 import tempfile
@@ -33,7 +32,6 @@ from isanet_pl.data.dataset import PairDataset
 from isanet_pl.data.transforms import TrainTransform, Window
 
 NUM_CLASSES = 19
-VARIANTS = ("decoding alone", "resize, then crop", "crop, then resize", "cached")
 Sampler = Callable[[int], Any]
 
 
@@ -87,8 +85,7 @@ def write_photographs(root: Path, count: int, height: int, width: int) -> None:
 
 
 def build(data: SegmentationDataModule) -> PairDataset:
-    """Returns the training samples, without the colours' draw."""
-    data.photometric = False
+    """Returns the training samples."""
     dataset = data.build_dataset("train")
     assert isinstance(dataset, PairDataset)
     return dataset
@@ -103,26 +100,20 @@ def samplers(make: Callable[..., SegmentationDataModule], cache: Path) -> dict[s
         ours.crop_size, ours.scale_range, cat_max_ratio=ours.cat_max_ratio, flip=ours.flip
     )
     for i in track(range(len(cached)), "filling the cache", transient=True):
-        for number, dataset in itertools.product((i, i + 1), (plain, cached)):
-            torch.manual_seed(number)
-            sample = dataset[i]
-            if dataset is plain:
-                expected = sample
-        for key in ("image", "mask"):
-            if not torch.equal(sample[key], expected[key]):
-                raise SystemExit(f"the cache gives another {key} for {sample['name']}")
-    return dict(
-        zip(
-            VARIANTS,
-            (
-                lambda i: plain.decode(plain.pairs[i]),
-                slow.__getitem__,
-                plain.__getitem__,
-                cached.__getitem__,
-            ),
-            strict=True,
-        )
-    )
+        for seed in (i, i + 1):  # with the first, the cache is written; with the second, read
+            torch.manual_seed(seed)
+            expected = plain[i]
+            torch.manual_seed(seed)
+            sample = cached[i]
+            for key in ("image", "mask"):
+                if not torch.equal(sample[key], expected[key]):
+                    raise SystemExit(f"the cache gives another {key} for {sample['name']}")
+    return {
+        "decoding alone": lambda i: plain.decode(plain.pairs[i]),
+        "resize, then crop": slow.__getitem__,
+        "crop, then resize": plain.__getitem__,
+        "cached": cached.__getitem__,
+    }
 
 
 def measure(variants: dict[str, Sampler], count: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -193,7 +184,9 @@ def main() -> None:
         for label, (data_class, root, options) in sources.items():
 
             def make(**more: Any) -> SegmentationDataModule:
-                return data_class(root=str(root), num_workers=0, **options, **more)  # noqa: B023
+                # Colours are left to the device.
+                more |= {"num_workers": 0, "photometric": False}
+                return data_class(root=str(root), **options, **more)  # noqa: B023
 
             variants = samplers(make, folder / "cache")
             results[label] = measure(variants, min(args.count, len(build(make()))), args.rounds)

@@ -129,7 +129,7 @@ def prepare(name: str, module: nn.Module, x: Tensor, train: bool) -> tuple[nn.Mo
     if is_plain(name):
         for conv in module.modules():
             if isinstance(conv, SameConv):  # whose gradients are this project's
-                conv.__class__ = nn.Conv2d
+                conv.__class__ = nn.Conv2d  # type: ignore[assignment]
         return module.train(train), x
     x = x.contiguous(memory_format=torch.channels_last)
     module = module if train else fuse_for_inference(module)
@@ -164,7 +164,7 @@ def measure_heads(
                 "saved_mib": _saved(ready, x, dtype) if train else None,
             }
             calls[name] = call
-        measured = alternate(calls, args.rounds, args.warmup)
+        measured = alternate(calls, args.rounds, args.warmup, device)
         ceiling = max(ceiling, conv_ceiling(inputs, dtype))  # before and after
         for name, times in measured.items():
             work = facts[name]["gmacs"] * batch * (3 if train else 1)
@@ -221,7 +221,8 @@ def measure_growth(args: argparse.Namespace) -> list[Row]:
         ready, x = prepare(name, block, x, False)
         ready, x = ready.to(args.device, dtype), x.to(dtype)
         call = _inference(ready, x)
-        times = alternate({"call": call}, max(3, args.rounds // 2), warmup=1)["call"]
+        rounds = max(3, args.rounds // 2)
+        times = alternate({"call": call}, rounds, warmup=1, device=args.device)["call"]
         rows.append(
             {"heap": heap(args.device), "dtype": args.dtype[0], "kind": name, "size": size,
              "window": window, "gmacs": gmacs(call),
@@ -277,7 +278,7 @@ def measure_networks(args: argparse.Namespace) -> list[Row]:
             name: _network_call(network, torch.randn(batch, 3, *size), mode, args)
             for name, network in networks.items()
         }
-        for name, times in alternate(calls, args.network_rounds, warmup=1).items():
+        for name, times in alternate(calls, args.network_rounds, 1, args.device).items():
             rows.append(
                 {"heap": heap(args.device), "network": name, "size": f"{size[0]}x{size[1]}",
                  "mode": mode, "batch": batch, "dtype": args.dtype[-1],

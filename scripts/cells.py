@@ -41,11 +41,13 @@ class Found:
     Attributes:
         finished: Whether a run has.
         miou: Of its last validation, as a fraction; None where nothing was labelled.
+        code: The git commit that the run was made with; None: unknown.
         checkpoint: What a run that was stopped goes on from, if none has finished.
     """
 
     finished: bool = False
     miou: float | None = None
+    code: str | None = None
     checkpoint: Path | None = None
 
     def __str__(self) -> str:
@@ -128,7 +130,7 @@ class Cell:
             result = _result_of_fit(run)
             if result is not None:
                 self._check_same(run, config)
-                return Found(finished=True, miou=result["scores"]["miou"])
+                return Found(True, result["scores"]["miou"], result.get("git"))
         stopped = find_run(str(self.output), self.name)
         if stopped is None:
             return Found()
@@ -202,7 +204,7 @@ class Attempt:
         return 0 if self.process is None else self.process.poll()
 
     def progress(self) -> tuple[float, float]:
-        """Returns which share of the run's steps stood behind it at first, and does now."""
+        """Returns which share of the run's steps was done when this attempt began, and is now."""
         with self.cell.log.open("rb") as log:
             end = log.seek(0, os.SEEK_END)
             log.seek(max(self.begin, end - TAIL_BYTES))

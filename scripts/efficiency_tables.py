@@ -144,7 +144,7 @@ def ratio_summary(rows: Sequence[Row]) -> str:
         "| kept |",
         "|---|---|---|---|" + "---:|" * (len(heaps) + 1),
     ]
-    cells: dict[tuple[str, ...], dict[str, Ratios]] = {}
+    cells: dict[tuple[str, str, str, str], dict[str, Ratios]] = {}
     for found in ratios:
         key = (found.other, found.form, found.mode, found.dtype)
         cells.setdefault(key, {})[found.heap] = found

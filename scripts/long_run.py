@@ -98,7 +98,7 @@ def launch(options: Mapping[str, object]) -> subprocess.Popen[str]:
 
 
 def held(process: int) -> tuple[float, int]:
-    """Returns the resident MiB of a process, without those of files, and its open files.
+    """Returns the MiB that a process holds, without those of files, and its open files.
 
     Loader processes are forks of the main one: a page that several share counts in each of them by
     its part, so that the sum is what all of them take. Pages of files, such as PyTorch's libraries,

@@ -21,7 +21,9 @@ GPU_SECONDS = 0.02
 """What is timed on a GPU takes at least as long: a single call may end before it is launched."""
 
 
-def alternate(calls: Mapping[str, Call], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def alternate(
+    calls: Mapping[str, Call], rounds: int, warmup: int = 2, device: str = "cpu"
+) -> dict[str, list[float]]:
     """Returns milliseconds of each call in each round.
 
     The calls take turns, so that whatever else the machine does meets all of them. On a GPU each
@@ -31,30 +33,37 @@ def alternate(calls: Mapping[str, Call], rounds: int, warmup: int = 2) -> dict[s
         calls: What to time.
         rounds: How often.
         warmup: Calls before that, each; on a GPU two more.
+        device: What they compute on, `cpu` or `cuda`.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     repeats = dict.fromkeys(calls, 1)
-    if torch.cuda.is_available():
+    if device == "cuda":
         for name, call in calls.items():
-            _seconds(call, 1)  # takes long: kernels are loaded, and cuDNN tries its algorithms
-            repeats[name] = max(1, round(GPU_SECONDS / _seconds(call, 1)))
+            # The first takes long: kernels are loaded, and cuDNN tries its algorithms.
+            _seconds(call, 1, device)
+            repeats[name] = max(1, round(GPU_SECONDS / _seconds(call, 1, device)))
     for number in range(warmup + rounds):
         for name, call in calls.items():
-            milliseconds = 1000 * _seconds(call, repeats[name])
+            milliseconds = 1000 * _seconds(call, repeats[name], device)
             if number >= warmup:
                 times[name].append(milliseconds)
     return times
 
 
-def _seconds(call: Call, repeats: int) -> float:
+def _seconds(call: Call, repeats: int, device: str) -> float:
     """Returns the mean time of a call."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
+    _wait(device)
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    wait()
+    _wait(device)
     return (time.perf_counter() - start) / repeats
+
+
+def _wait(device: str) -> None:
+    """Waits until a device has done what it was given; a CPU has."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def spread(times: list[float]) -> dict[str, float]:
@@ -66,7 +75,7 @@ def gmacs(call: Call) -> float:
     """Returns billions of multiply-adds of convs and matrix products, attention included."""
     with FlopCounterMode(display=False) as counter:
         call()
-    return counter.get_total_flops() / 2e9
+    return float(counter.get_total_flops() / 2e9)
 
 
 def peak_mib(call: Call, device: str = "cpu") -> float:
@@ -136,7 +145,8 @@ def conv_ceiling(x: Tensor, dtype: torch.dtype, rounds: int = 20) -> float:
     x = x.to(dtype, memory_format=torch.channels_last)
     weight = torch.randn(512, 2048, 1, 1, device=x.device, dtype=dtype)
     with torch.inference_mode():
-        times = alternate({"conv": lambda: nn.functional.conv2d(x, weight)}, rounds)["conv"]
+        call = {"conv": lambda: nn.functional.conv2d(x, weight)}
+        times = alternate(call, rounds, device=x.device.type)["conv"]
     return 512 * x.numel() / 1e6 / min(times)
 
 

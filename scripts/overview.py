@@ -119,7 +119,9 @@ def find_column(split: str, config: Mapping[str, Any], trained: Mapping[str, Any
         config: Of the evaluation, by dotted key.
         trained: Of its training.
     """
-    inference = {key: config.get(f"model.inference.{key}") for key in ("mode", "scales", "flip")}
+    inference: dict[str, Any] = {
+        key: config.get(f"model.inference.{key}") for key in ("mode", "scales", "flip")
+    }
     if config.get(f"trainer.limit_{split}_batches") not in (None, 1.0):
         return None
     if inference["mode"] != "whole":
@@ -153,6 +155,7 @@ def find_trainings(comparisons: Sequence[Comparison]) -> list[Training]:
         assert run.result is not None
         training = Training(find_label(run.result.command, run.folder), run, seed, {})
         known = trainings.setdefault(run.folder, training)  # several names may keep the same one
+        assert known.run.result is not None
         if known.run.result != run.result:
             raise InputError(
                 f"two trainings are kept as {run.folder}: {known.run.result.command}\nand "

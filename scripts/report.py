@@ -203,7 +203,7 @@ def panels(comparison: Comparison, prefix: str, problems: list[str]) -> list[Blo
 
 
 def write(page: Page, folder: Path) -> None:
-    """Writes report.html, report.md and the pictures of the latter.
+    """Writes report.html, report.md and the pictures of the latter, plots as SVG too.
 
     Raises:
         InputError: The folder cannot be written.
@@ -215,6 +215,8 @@ def write(page: Page, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for shown in [*pictures, *(p for gallery in galleries for p in gallery)]:
             (folder / f"{shown.name}.png").write_bytes(shown.png)
+            if shown.mime == "image/svg+xml":
+                (folder / f"{shown.name}.svg").write_bytes(shown.embedded)
         (folder / "report.md").write_text(markdown(page), "utf-8")
         (folder / "report.html").write_text(as_html(page), "utf-8")
     except OSError as error:

@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def add(name: str, paths: Sequence[Path], store: Path, panel: bool) -> None:
     (store / f"{name}.json").write_text(text + "\n", "utf-8")
     for comparison in comparisons:
         if len(comparison.settings) > 1:
-            scores = picture("scores", "", lambda c=comparison: draw_scores(c))
+            scores = picture("scores", "", partial(draw_scores, comparison))
             (store / _picture_name(name, comparison)).write_bytes(scores.png)
     best = next(iter(comparisons[-1].settings[0].runs.values())).panel()
     if panel and best:

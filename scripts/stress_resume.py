@@ -96,24 +96,25 @@ def stop(process: subprocess.Popen[str], kind: str, part: Path) -> None:
     process.send_signal(signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
 
 
-def run_until_stopped(folder: Path, steps: int, number: int) -> int | None:
-    """Starts or resumes the run and stops it; returns the exit code, None if it ended before."""
+def run_until_stopped(folder: Path, steps: int, number: int) -> bool:
+    """Starts or resumes the run and stops it; returns False if it ended before."""
     # Every kind with every number of workers.
     kind = KINDS[number % len(KINDS)]
     workers = WORKERS[(number + number // len(KINDS)) % len(WORKERS)]
     part = folder / "stopped" / "version_0" / "checkpoints" / "last.ckpt.part"
-    process, lines, seen = start(folder, "stopped", steps, workers), [], 0
+    process = start(folder, "stopped", steps, workers)
+    lines: list[str] = []
     # The first start is stopped after its first checkpoint, that of step 3: before it, there is no
     # run to go on with.
     patience = random.randint(1 if number else 4, 8)
-    first = last = 0
+    first = last = seen = 0
     for step in steps_of(process, lines):
         first, last, seen = first or step, step, seen + 1
         if seen == patience:
             stop(process, kind, part)
     code = process.wait()
     if code == 0:
-        return None
+        return False
     left = ", half a checkpoint left" if part.exists() else ""
     print(
         f"{number + 1:3}  {workers} workers  from step {first}, {kind} after {last}{left}",
@@ -122,12 +123,13 @@ def run_until_stopped(folder: Path, steps: int, number: int) -> int | None:
     expected = 128 + signal.SIGTERM if kind == "SIGTERM" else -signal.SIGKILL
     if code != expected:
         sys.exit(f"exit code {code} instead of {expected}:\n{''.join(lines)}")
-    return code
+    return True
 
 
 def run_to_end(folder: Path, name: str, steps: int) -> None:
     """Starts or resumes a run and waits for its end."""
-    process, lines = start(folder, name, steps, 0), []
+    process = start(folder, name, steps, 0)
+    lines: list[str] = []
     for _ in steps_of(process, lines):
         pass
     if process.wait():
@@ -153,7 +155,7 @@ def differences(one: Any, other: Any, name: str) -> Iterator[str]:
 
 def compare(one: Path, other: Path) -> list[str]:
     """Returns what differs between two runs: their last and best checkpoints, their metrics."""
-    found = []
+    found: list[str] = []
     for file in ("last.ckpt", "best.ckpt"):
         pair = [
             torch.load(run / "checkpoints" / file, map_location="cpu", weights_only=True)
@@ -163,7 +165,7 @@ def compare(one: Path, other: Path) -> list[str]:
             parts = pair
             for key in name.split("."):
                 parts = [part[key] for part in parts]
-            found += differences(*parts, f"{file}: {name}")
+            found += differences(parts[0], parts[1], f"{file}: {name}")
     if metrics(one) != metrics(other):
         found.append("metrics.csv")
     return found
@@ -172,8 +174,8 @@ def compare(one: Path, other: Path) -> list[str]:
 def metrics(run: Path) -> list[tuple[str, ...]]:
     """Returns the lines of a run's metrics.csv that do not depend on the clock."""
     with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        rows = [("step", *UNTIMED), *csv.DictReader(file)]
-    return sorted(tuple(row.get(key, "") for key in ("step", *UNTIMED)) for row in rows[1:])
+        rows = [*csv.DictReader(file)]
+    return sorted(tuple(row.get(key, "") for key in ("step", *UNTIMED)) for row in rows)
 
 
 def main() -> None:
@@ -186,7 +188,7 @@ def main() -> None:
             sys.exit(f"{folder} holds runs of before: remove them, or give another --folder")
         run_to_end(folder, "alone", arguments.steps)
         for number in range(arguments.stops):
-            if run_until_stopped(folder, arguments.steps, number) is None:
+            if not run_until_stopped(folder, arguments.steps, number):
                 sys.exit(f"the run ended after {number} stops: give it more --steps")
         run_to_end(folder, "stopped", arguments.steps)
         runs = [folder / name / "version_0" for name in ("alone", "stopped")]

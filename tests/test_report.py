@@ -596,6 +596,7 @@ def test_the_page_needs_nothing_else_and_is_always_the_same(grid, tmp_path):
     assert set(shown) == {name for name in files if name.endswith(".png")}
     # Scores, classes, curves, cost and two panels.
     assert len(shown) == 6
+    assert len([name for name in files if name.endswith(".svg")]) == 4
     assert len([link for link in page.links if link.startswith("data:")]) == 6
 
 
