@@ -150,6 +150,24 @@ def test_a_second_start_runs_nothing_again(grid, monkeypatch, capsys):
     assert not list(folder.glob("runs/*/*/*/version_1"))
 
 
+def test_cells_of_another_commit_are_named(grid, monkeypatch, capsys):
+    import ablate
+
+    folder, _, _ = grid
+    path = folder / "runs" / "ablation_tiny" / "base" / "seed1" / "version_0" / "results.json"
+    written = path.read_text()
+    git = json.loads(written)["git"]
+    monkeypatch.setattr(ablate, "code_version", lambda: git)
+    try:
+        path.write_text(json.dumps({**json.loads(written), "git": "0" * 40}))
+        assert in_process(folder, monkeypatch, "--seeds", 0, 1, *QUICK) == 0
+    finally:
+        path.write_text(written)
+    assert "of another commit than the code has now: base/seed1. " in capsys.readouterr().out
+    assert in_process(folder, monkeypatch, "--seeds", 0, 1, *QUICK) == 0
+    assert "another commit" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("option", ["trainer.max_steps", "data.init_args.num_eval"])
 def test_another_config_is_refused_and_not_taken_for_finished(grid, monkeypatch, option):
     from isanet_pl.errors import InputError

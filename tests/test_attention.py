@@ -13,11 +13,6 @@ from isanet_pl.models.attention import attend
 from isanet_pl.models.layers import conv_bn_relu
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def randomise(module):
     """Gives every BatchNorm its own scale, shift and statistics; returns the module."""
     for part in module.modules():

@@ -8,11 +8,6 @@ import torch
 from isanet_pl.data.colours import Jitter, distort, draw_jitter
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def noise(height=9, width=11):
     return torch.randint(256, (3, height, width), dtype=torch.uint8)
 

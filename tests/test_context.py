@@ -27,11 +27,6 @@ MODULES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def make(name):
     module = randomise(MODULES[name]()).double().eval()
     for part in module.modules():

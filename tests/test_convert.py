@@ -4,7 +4,6 @@ import functools
 import io
 import os
 import pickle
-import re
 import runpy
 import sys
 from collections import OrderedDict
@@ -14,7 +13,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from conftest import make_folder, truncate
+from conftest import fails_naming, make_folder, truncate
 from foreign_nets import (
     CLASSES,
     PALETTE,
@@ -42,8 +41,7 @@ from isanet_pl.convert import (
 )
 from isanet_pl.convert.trained import Classes
 from isanet_pl.data import ADE20K, LIP, Cityscapes, SegmentationFolder
-from isanet_pl.data.dataset import default_palette
-from isanet_pl.errors import InputError
+from isanet_pl.data.palette import default_palette
 from isanet_pl.inference import Inference, resize_logits
 from isanet_pl.losses import SegmentationLoss
 from isanet_pl.models import ISANet
@@ -51,11 +49,6 @@ from isanet_pl.module import SegmentationModule
 
 WHOLE = Inference(pad_multiple=1)  # neither project pads
 SIZES = [(72, 88), (57, 49)]  # even and odd, neither a multiple of 64
-
-
-def fails_naming(*words):
-    """Returns the expectation of an InputError, perhaps of many lines, with words in this order."""
-    return pytest.raises(InputError, match="(?s)" + ".*".join(re.escape(str(w)) for w in words))
 
 
 def save(content, path):

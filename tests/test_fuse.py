@@ -16,11 +16,6 @@ from isanet_pl.models.plain import plain_forward
 CONTEXTS = Context.__args__
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def small(**options):
     options = {"last_stage": 2, "key_channels": 8, "value_channels": 12, "out_channels": 16,
                **options}  # fmt: skip

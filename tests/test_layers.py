@@ -12,11 +12,6 @@ from isanet_pl.models import layers
 from isanet_pl.models.layers import SameConv, _Conv, conv_bn_relu, is_same_conv, mix
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     ("size", "dilation", "dtype", "tolerance"),

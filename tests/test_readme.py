@@ -45,7 +45,7 @@ def test_commands_parse(command, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     checkpoint = write_checkpoint(tmp_path / "best.ckpt")
     monkeypatch.setattr(sys, "argv", ["isanet-pl"])
-    stand_ins = {"my.yaml": "configs/quickstart.yaml"}
+    stand_ins = dict.fromkeys(("my.yaml", "$run/config.yaml"), "configs/quickstart.yaml")
     arguments = [
         str(checkpoint) if part.endswith(".ckpt") else stand_ins.get(part, part)
         for part in command[1:]

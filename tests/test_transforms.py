@@ -12,11 +12,6 @@ from isanet_pl.inference import _resize, fit_scale
 MEAN_COLOUR = torch.tensor([0.485, 0.456, 0.406]).mul(255).round().to(torch.uint8)  # ImageNet
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """As in a loader's worker; more threads only wait for each other on images this small."""

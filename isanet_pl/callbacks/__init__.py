@@ -1,1 +1,1 @@
-"""What runs beside a training or an evaluation: one Lightning callback a module."""
+"""What runs beside a training or an evaluation: Lightning callbacks."""

@@ -90,18 +90,17 @@ class DrawnSamples(Dataset[Sample]):
         """
         rng = np.random.default_rng((self.seed, REPLACEMENT, draw))
         images = [self.image_of(draw), *rng.integers(self.length, size=ATTEMPTS).tolist()]
-        errors: list[str] = []
-        while True:
+        errors: list[InputError] = []
+        for image in images:
             torch.default_generator.manual_seed(number)
             try:
-                sample = self.dataset[images[len(errors)]]
+                sample = self.dataset[image]
             except InputError as error:
-                errors.append(str(error))
-                if len(errors) == len(images):
-                    raise
+                errors.append(error)
             else:
-                sample["replaced"] = errors
+                sample["replaced"] = [str(error) for error in errors]
                 return sample
+        raise errors[-1]
 
 
 class DrawSampler(DistributedSampler[int]):
