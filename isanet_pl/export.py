@@ -102,6 +102,13 @@ class SegmentationTrainer(pl.Trainer):
         if size is None:
             window = inference.crop_size if inference.mode == "slide" else None
             size = window or (512, 1024)
+            if dynamic:  # a size that it takes
+                least = least_windows(target)
+                h, w = (
+                    step * max(least, -(-edge // step))
+                    for edge, step in zip(size, size_multiples(network), strict=True)
+                )
+                size = (h, w)
         _check_options(network, target, size, dynamic, images, int8, num_calibration)
         takes_uint8 = normalise == "inside"
         metadata = {
@@ -114,8 +121,8 @@ class SegmentationTrainer(pl.Trainer):
         real = [] if images is None else _read_images(Path(images), size, num_calibration)
         inputs = [torch.randint(256, (2, 3, *size), dtype=torch.uint8), *real[:NUM_REAL]]
         with _checked_first(target) as file:
-            least = least_windows(target) if dynamic else None
-            program = trace(fuse_for_inference(network), size, least, takes_uint8)
+            windows = least_windows(target) if dynamic else None
+            program = trace(fuse_for_inference(network), size, windows, takes_uint8)
             if target.suffix == ".onnx":
                 write_onnx(program, file, metadata)
                 if int8:

@@ -77,7 +77,9 @@ class OnnxNetwork(nn.Module):
         self.align_corners = bool(arguments["align_corners"])
         self.size: list[int] | None = description["size"]
         # A file for one size pads to it by itself.
-        self.output_stride = 1 if self.size else int(description["stride"])
+        self.output_stride = (
+            1 if self.size else int(description.get("stride", arguments["output_stride"]))
+        )
         self.multiples: list[int] = description["multiples"]
         self.inside = description["normalise"] == "inside"
         for name in ("mean", "std"):

@@ -101,16 +101,17 @@ class SegmentationLoss(nn.Module):
         if self.class_weights is not None:
             # Any class will do at ignored pixels: they are multiplied by zero.
             weights = weights * self.class_weights[target.clamp(0, num_classes - 1)]
-        shares = self._shares(weights)
         losses = self._cross_entropy(outputs["out"], target)
-        if self.ohem_threshold is None:
-            loss = (losses * shares).sum()
-        else:
-            hard = self._is_hard(losses.detach(), counted, self.ohem_threshold)
-            loss = (losses * self._shares(weights * hard)).sum()
+        main_weights = weights
+        if self.ohem_threshold is not None:
+            main_weights = weights * self._is_hard(losses.detach(), counted, self.ohem_threshold)
+        shares = self._shares(main_weights)
+        loss = (losses * shares).sum()
         if "aux" in outputs:
-            aux_losses = self._cross_entropy(outputs["aux"], target)
-            loss = loss + self.aux_weight * (aux_losses * shares).sum()
+            if self.ohem_threshold is not None:
+                shares = self._shares(weights)
+            losses = self._cross_entropy(outputs["aux"], target)
+            loss = loss + self.aux_weight * (losses * shares).sum()
         return loss
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:

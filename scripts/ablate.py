@@ -28,7 +28,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from isanet_pl.callbacks.results import code_version
-from isanet_pl.errors import InputError, few
+from isanet_pl.errors import InputError
 from isanet_pl.hardware import num_cores
 
 OURS = ("--config", "-c", "--seed_everything", "--runs_dir", "--name", "--ckpt_path", "--resume")
@@ -315,8 +315,8 @@ def main(args: Sequence[str]) -> int:
     others = of_other_code(grid.finished)
     if others:
         console.print(
-            f"of another commit than the code has now: {few(others)}. If the difference matters, "
-            "delete their folders and start this again",
+            f"of another commit than the code has now: {', '.join(others)}. If the difference "
+            "matters, delete their folders and start this again",
             soft_wrap=True,
             markup=False,
         )

@@ -51,7 +51,7 @@ def _messages_go_to_the_stream_of_this_test():
 
 @pytest.fixture(autouse=True)
 def _random_numbers_are_those_of_this_test():
-    """Gives every test the same ones, whatever ran before it."""
+    """Gives every test the same numbers of torch, whatever ran before it."""
     torch.manual_seed(0)
 
 

@@ -760,7 +760,7 @@ def test_class_names_may_begin_with_a_byte_order_mark(folder):
 # Masks in colours
 
 COLOURS = {"road": (128, 64, 128), "car": (0, 0, 142), "tree": (107, 142, 35)}
-WITH_COLOURS = "road 128 64 128\nignore 0,0,0\ncar  0, 0, 142\ntree 107 142 35\nignore 1 1 1\n"
+WITH_COLOURS = "road 128 64 128\nignore 0,0,0\ncar,0,0,142\ntree 107, 142, 35\nignore, 1 1 1\n"
 
 
 @pytest.fixture
@@ -798,9 +798,24 @@ def test_masks_are_read_by_their_colours(coloured, tmp_path):
 
 
 def test_a_greyscale_mask_among_coloured_ones_holds_classes(coloured):
-    mask = make_scene(1, (24, 32), [0, 1, 2, 255])[1]
-    Image.fromarray(mask).save(coloured / "val" / "masks" / "scene1.png")
+    text = "\n".join(line for line in WITH_COLOURS.splitlines() if line != "ignore 0,0,0")
+    (coloured / "classes.txt").write_text(text.replace("ignore, 1 1 1", "ignore 1 1 2"))
+    for split in ("train", "val"):
+        mask = make_scene(1, (24, 32), [0, 1, 2, 255])[1]
+        for path in sorted((coloured / split / "masks").iterdir()):
+            Image.fromarray(mask).save(path)
     assert np.array_equal(make_data(coloured, "validate", None)._datasets["val"][1]["mask"], mask)
+
+
+def test_a_greyscale_mask_is_read_by_colour_where_a_class_is_grey(coloured):
+    # As programs save a mask that happens to be all void.
+    Image.new("L", (32, 24)).save(coloured / "val" / "masks" / "scene1.png")
+    assert (make_data(coloured, "validate", None)._datasets["val"][1]["mask"] == 255).all()
+
+
+def test_colours_are_not_overlooked_where_names_are_given(coloured):
+    with fails_naming("classes.txt gives colours and names", "leave out --data.class_names"):
+        make_data(coloured)
 
 
 def test_a_colour_that_is_no_class_is_named(coloured):
@@ -816,7 +831,7 @@ def test_a_colour_that_is_no_class_is_named(coloured):
     ("text", "words"),
     [
         ("road 1 2 3\ncar\n", ("some lines end in a colour", "but not car")),
-        ("road 1 2 3\ncar 1 2 3\n", ("of one line alone", "(1, 2, 3)")),
+        ("road 1 2 3\ncar 1 2 3\n", ("on one line only", "(1, 2, 3)")),
         ("road 1 2 3\ncar 1 2 256\n", ("up to 255", "(1, 2, 256)")),
         ("road 1 2 3\nignore 1 2 4\n", ("at least two classes", "road")),
     ],

@@ -139,8 +139,11 @@ def test_a_file_of_one_size_pads_by_itself(tmp_path):
     assert np.mean(found == expected.numpy()) > 0.99  # the file's padding is rounded to uint8
 
 
-def test_a_dynamic_archive_takes_two_windows_and_more(checkpoint, tmp_path):
-    export(checkpoint, tmp_path / "a.pt2", "--size", "[32, 48]", "--dynamic", "true")
+def test_a_dynamic_archive_takes_two_windows_and_more(tmp_path):
+    # Made at the size that comes next to the checkpoint's windows, as none is given: 32x48.
+    view = {"mode": "slide", "crop_size": (24, 40)}
+    checkpoint = write_checkpoint(tmp_path / "tiny.ckpt", inference=view)
+    export(checkpoint, tmp_path / "a.pt2", "--dynamic", "true")
     files = {"isanet_pl.json": ""}
     program = torch.export.load(tmp_path / "a.pt2", extra_files=files).module()
     for size in ((32, 32), (32, 64), (96, 48)):

@@ -116,7 +116,7 @@ def test_processes_of_the_readme_are_as_many_as_lightning_is_told():
 
 
 def test_slurm_queues_a_job_again_and_it_goes_on(tiny, tmp_path):
-    """What `--signal=SIGUSR1@90` and `default_root_dir` are for."""
+    """What `--signal=SIGUSR1` and `default_root_dir` are for."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "scontrol").write_text(f'#!/bin/sh\necho "$*" > "{tmp_path}/requeued"\n')

@@ -670,7 +670,7 @@ def test_the_average_is_on_the_device_of_the_training():
     strategy = SimpleNamespace(root_device=torch.device("meta"))
     average.setup(SimpleNamespace(strategy=strategy), module, "fit")
     assert {p.device.type for p in average._average_model.parameters()} == {"meta"}
-    assert average._average_model.n_averaged.device.type == "cpu"  # nobody waits for a GPU
+    assert average._average_model.n_averaged.device.type == "cpu"
     assert {p.device.type for p in module.parameters()} == {"cpu"}
 
 

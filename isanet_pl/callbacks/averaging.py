@@ -48,7 +48,8 @@ class ExponentialAverage(WeightAveraging):
         finally:
             module.optimizer = optimizer
         if self._average_model is not None:
-            # On the CPU: each look at it would make a GPU finish its work first.
+            # On the CPU: at each look at it, of which AveragedModel takes two a step and `_update`
+            # more, a GPU would have to finish its work first.
             self._average_model.n_averaged = torch.tensor(0)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from isanet_pl.data.datamodule import SegmentationDataModule, Split
@@ -10,7 +11,8 @@ from isanet_pl.data.files import IGNORE, Pair, pair_by_stem
 from isanet_pl.data.palette import Colour, ColourMasks, default_palette
 from isanet_pl.errors import InputError, few
 
-WITH_COLOUR = re.compile(r"(.*\S)\s+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})")
+CLASSES = "classes.txt"
+WITH_COLOUR = re.compile(r"(.*[^\s,])[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})")
 
 
 class SegmentationFolder(SegmentationDataModule):
@@ -50,6 +52,10 @@ class SegmentationFolder(SegmentationDataModule):
         colours: list[Colour] = []
         if class_names is None:
             class_names, colours = self._read_classes()
+        elif root is not None and Path(root, CLASSES).is_file() and self._read_classes()[1]:
+            raise InputError(
+                f"{Path(root, CLASSES)} gives colours and names: leave out --data.class_names"
+            )
         self.class_names = list(class_names)
         if len(self.class_names) < 2:
             raise InputError(f"at least two classes are needed, got {self.class_names}")
@@ -59,7 +65,7 @@ class SegmentationFolder(SegmentationDataModule):
 
     def _read_classes(self) -> tuple[list[str], list[Colour]]:
         """Returns names and, where the file gives them, colours; masks are then read by these."""
-        path = self.root_path / "classes.txt"
+        path = self.root_path / CLASSES
         if not path.is_file():
             raise InputError(
                 f"class names are missing: give --data.class_names '[a, b]' or write {path}, one "
@@ -85,7 +91,8 @@ class SegmentationFolder(SegmentationDataModule):
         wrong = [str(c) for c, n in Counter(c for _, c in entries).items() if n > 1 or max(c) > 255]
         if wrong:
             raise InputError(
-                f"{path}: a colour is of one line alone, and of numbers up to 255: {few(wrong)}"
+                f"{path}: each colour must stand on one line only, with numbers up to 255: "
+                f"{few(wrong)}"
             )
         if self.label_map is not None or self.reduce_zero_label:
             raise InputError(

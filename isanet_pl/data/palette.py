@@ -39,17 +39,18 @@ class ColourMasks:
     classes: Mapping[Colour, int]
 
     def __call__(self, path: Path) -> Codes:
-        """Returns the class of each pixel, (H, W); of a greyscale file its values, as `read_mask`.
+        """Returns the class of each pixel, (H, W).
 
         Of a palette file the colours count, not the indices: programs that save few colours with
-        a palette of their own number them anew in each file.
+        a palette of their own number them anew in each file. A greyscale file is read by its
+        colours where a class has a grey one, as black is; else its values are the classes.
 
         Raises:
             InputError: The file cannot be read, is truncated, or has a colour without a class.
         """
         with open_image(path) as image:
-            coloured = image.mode in ("RGB", "RGBA", "P")
-        if not coloured:
+            mode = image.mode
+        if mode not in ("RGB", "RGBA", "P") and not (self._has_grey and mode in ("L", "LA", "1")):
             return read_mask(path)
         red, green, blue = read_image(path).numpy().astype(np.uint32)
         packed = red << 16 | green << 8 | blue
@@ -59,9 +60,13 @@ class ColourMasks:
             raise InputError(
                 f"{path} has pixels of the colour {few([str(c) for c in wrong])}, which is no "
                 "class's: give it a line in classes.txt, of a class or of `ignore`; colours "
-                "between those of classes come from smooth edges or JPEG: export without"
+                "between those of classes come from smooth edges or JPEG: export PNG without them"
             )
         return codes
+
+    @property
+    def _has_grey(self) -> bool:
+        return any(red == green == blue for red, green, blue in self.classes)
 
     @cached_property
     def _table(self) -> npt.NDArray[np.uint8]:
