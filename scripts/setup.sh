@@ -1,5 +1,5 @@
 # Makes .venv in the repository's root and installs the project into it; safe to repeat.
-# Sourced by quickstart.sh and test.sh: `install_into_venv ".[dev]"`. Uses uv when it is there.
+# Sourced by quickstart.sh, test.sh and setup_peer.sh: `install_into_venv ".[dev]"`. Uses uv when it is there.
 
 find_python() {
   local candidate

@@ -77,6 +77,9 @@ class SegmentationDataModule(pl.LightningDataModule):
             replaced. In evaluation it always ends the run, or the score would be of other images.
         train_on_val: Train on the validation images too, for a last run whose test score or
             submission counts. Validation is then no measure of anything.
+
+    Raises:
+        InputError: An argument is out of its range, or this is no data set but the base of them.
     """
 
     class_names: Sequence[str]

@@ -132,6 +132,9 @@ class Synthetic(SegmentationDataModule):
         cells: Cells of 80 pixels along each side of the image, at least 2.
         seed: Of the images, independent of the seed of the training.
         kwargs: See `SegmentationDataModule`; `root` and the augmentation are not used.
+
+    Raises:
+        InputError: An argument is out of its range, or `train_on_val` is set.
     """
 
     class_names = ("background", "red", "green", "blue", "yellow")
