@@ -139,31 +139,22 @@ def test_a_file_of_one_size_pads_by_itself(tmp_path):
     assert np.mean(found == expected.numpy()) > 0.99  # the file's padding is rounded to uint8
 
 
-def test_a_dynamic_archive_takes_two_windows_and_more(tmp_path):
+def test_a_dynamic_archive_takes_two_windows_and_more(tmp_path, caplog):
     # Made at the size that comes next to the checkpoint's windows, as none is given: 32x48.
-    view = {"mode": "slide", "crop_size": (24, 40)}
+    view = {"mode": "slide", "crop_size": (24, 40), "base_size": (90, 60), "flip": True}
     checkpoint = write_checkpoint(tmp_path / "tiny.ckpt", inference=view)
+    caplog.set_level("INFO", "isanet_pl")
     export(checkpoint, tmp_path / "a.pt2", "--dynamic", "true")
+    assert (
+        "made for images scaled to fit (90, 60) (long and short edge) and windows of (24, 40), "
+        "(16, 26) apart and views at [1.0] times the size, mirrored too: the file leaves"
+    ) in caplog.text
     files = {"isanet_pl.json": ""}
     program = torch.export.load(tmp_path / "a.pt2", extra_files=files).module()
     for size in ((32, 32), (32, 64), (96, 48)):
         image = images(*size, count=2)
         assert close(program(image), eager(checkpoint, image))
     assert json.loads(files["isanet_pl.json"])["class_names"] == list(NAMES)
-
-
-def test_what_a_file_leaves_to_its_user_is_said(tmp_path, caplog):
-    view = {"mode": "slide", "crop_size": (24, 40), "base_size": (90, 60), "flip": True}
-    checkpoint = write_checkpoint(tmp_path / "tiny.ckpt", inference=view)
-    caplog.set_level("INFO", "isanet_pl")
-    export(checkpoint, tmp_path / "a.pt2")
-    assert (
-        "made for images scaled to fit (90, 60) (long and short edge) and windows of (24, 40), "
-        "(16, 26) apart and views at [1.0] times the size, mirrored too: the file leaves"
-    ) in caplog.text
-    program = torch.export.load(tmp_path / "a.pt2").module()
-    image = images(24, 40)  # of the window's size, as none was given
-    assert close(program(image), eager(checkpoint, image))
 
 
 def test_files_say_what_they_are(fixed, dynamic):
