@@ -23,8 +23,8 @@ class SegmentationFolder(SegmentationDataModule):
     or from `root/classes.txt`, one a line.
 
     Where each line of `classes.txt` ends in a colour, as `road 128 64 128`, masks in colours (RGB
-    or palette images) are read by these, and predictions are drawn in them. Lines of the name
-    `ignore` give the colours of pixels that do not count.
+    or palette images, and greyscale ones if a class is grey) are read by these, and predictions
+    are drawn in them. Lines of the name `ignore` give the colours of pixels that do not count.
 
     Args:
         root: The folder.
