@@ -98,18 +98,10 @@ class SegmentationTrainer(pl.Trainer):
         model.load_state_dict(checkpoint["state_dict"])
         network = model.network.float().eval()
         target = Path(path)
-        inference = model.inference
+        least = least_windows(target) if dynamic else None
         if size is None:
-            window = inference.crop_size if inference.mode == "slide" else None
-            size = window or (512, 1024)
-            if dynamic:  # a size that it takes
-                least = least_windows(target)
-                h, w = (
-                    step * max(least, -(-edge // step))
-                    for edge, step in zip(size, size_multiples(network), strict=True)
-                )
-                size = (h, w)
-        _check_options(network, target, size, dynamic, images, int8, num_calibration)
+            size = _default_size(network, model.inference, least)
+        _check_options(network, target, size, least, images, int8, num_calibration)
         takes_uint8 = normalise == "inside"
         metadata = {
             **model.description(),
@@ -121,8 +113,7 @@ class SegmentationTrainer(pl.Trainer):
         real = [] if images is None else _read_images(Path(images), size, num_calibration)
         inputs = [torch.randint(256, (2, 3, *size), dtype=torch.uint8), *real[:NUM_REAL]]
         with _checked_first(target) as file:
-            windows = least_windows(target) if dynamic else None
-            program = trace(fuse_for_inference(network), size, windows, takes_uint8)
+            program = trace(fuse_for_inference(network), size, least, takes_uint8)
             if target.suffix == ".onnx":
                 write_onnx(program, file, metadata)
                 if int8:
@@ -133,9 +124,22 @@ class SegmentationTrainer(pl.Trainer):
                 torch.export.save(program, file, extra_files={f"{METADATA}.json": text})
                 run = torch.export.load(file).module()
             compare(file, network, run, inputs, takes_uint8, exact=not int8)
-        left = _left_to_the_user(inference)
+        left = _left_to_the_user(model.inference)
         if left:
             log.info("the network was made for %s: the file leaves that to its user", left)
+
+
+def _default_size(network: ISANet, inference: Inference, least: int | None) -> tuple[int, int]:
+    """Returns the (H, W) to export for if none is given; see `trace` for `least`."""
+    window = inference.crop_size if inference.mode == "slide" else None
+    size = window or (512, 1024)
+    if least is None:
+        return size
+    h, w = (  # a size that a file for any size takes
+        step * max(least, -(-edge // step))
+        for edge, step in zip(size, size_multiples(network), strict=True)
+    )
+    return h, w
 
 
 def _left_to_the_user(inference: Inference) -> str:
@@ -207,7 +211,7 @@ def _check_options(
     network: ISANet,
     target: Path,
     size: Sequence[int],
-    dynamic: bool,
+    least: int | None,
     images: str | None,
     int8: bool,
     num_calibration: int,
@@ -217,27 +221,28 @@ def _check_options(
     Raises:
         InputError: See above.
     """
-    multiples = size_multiples(network)
     if target.suffix not in (".onnx", ".pt2"):
         raise InputError(f"--path {target}: the name must end in .onnx or .pt2")
     if min(size) < 1:
         raise InputError(f"--size must be two positive integers, got {tuple(size)}")
-    if dynamic and any(s % m for s, m in zip(size, multiples, strict=True)):
-        raise InputError(
-            f"--dynamic true takes sizes in multiples of {tuple(multiples)} (stride times window): "
-            f"--size {tuple(size)} is none"
-        )
-    least = [least_windows(target) * m for m in multiples]
-    if dynamic and any(s < m for s, m in zip(size, least, strict=True)):
-        raise InputError(
-            f"--dynamic true in a {target.suffix} file takes sizes from {tuple(least)} on, two "
-            f"windows a side: got {tuple(size)}"
-        )
+    if least is not None:
+        multiples = size_multiples(network)
+        if any(s % m for s, m in zip(size, multiples, strict=True)):
+            raise InputError(
+                f"--dynamic true takes sizes in multiples of {multiples} (stride times window): "
+                f"--size {tuple(size)} is none"
+            )
+        smallest = tuple(least * m for m in multiples)
+        if any(s < m for s, m in zip(size, smallest, strict=True)):
+            raise InputError(
+                f"--dynamic true in a {target.suffix} file takes sizes from {smallest} on, two "
+                f"windows a side: got {tuple(size)}"
+            )
     if int8 and (target.suffix != ".onnx" or images is None):
         raise InputError("--int8 true needs an .onnx file and --images DIR to calibrate with")
     if target.suffix == ".onnx":
         require_onnx()
-    if dynamic and target.suffix == ".onnx" and network.arguments["ceil_mode"]:
+    if least is not None and target.suffix == ".onnx" and network.arguments["ceil_mode"]:
         raise InputError(
             "--dynamic true cannot write an .onnx file of a network with ceil_mode, whose "
             "windows need padding at every size: use --dynamic false, or a .pt2 file"

@@ -105,9 +105,10 @@ class SplitFacts:
         for index, pair in other.largest.items():
             self.largest[index] = min(self.largest.get(index, pair), pair)
         for code, colours in other.drawn.items():
-            both = [*self.drawn.get(code, {}).items(), *colours.items()]
-            names = {colour: min(n for c, n in both if c == colour) for colour, _ in both}
-            self.drawn[code] = {colour: names[colour] for colour in sorted(names)[:2]}
+            known = dict(self.drawn.get(code, {}))
+            for colour, mask in colours.items():
+                known[colour] = min(known.get(colour, mask), mask)
+            self.drawn[code] = dict(sorted(known.items())[:2])
         self.digests += other.digests
 
     def note(self, kind: str, text: str) -> None:

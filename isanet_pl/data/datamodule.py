@@ -171,7 +171,8 @@ class SegmentationDataModule(pl.LightningDataModule):
         if train and self.train_on_val:
             pairs = [*pairs, *self.list_pairs("val")]
         if self.cache is not None and self._decoded is None:
-            # Masks are kept as classes, so what maps them belongs to the key.
+            # Masks are kept as classes, so what maps them belongs to the key; a reader that is no
+            # function says by its repr what it does.
             function = getattr(self.read_codes, "__qualname__", self.read_codes)
             reader = f"{self.read_codes.__module__}.{function}"
             self._decoded = DecodedCache(Path(self.cache), self.table.tobytes() + reader.encode())

@@ -51,11 +51,17 @@ class SegmentationFolder(SegmentationDataModule):
         self.reduce_zero_label = reduce_zero_label
         colours: list[Colour] = []
         if class_names is None:
-            class_names, colours = self._read_classes()
-        elif root is not None and Path(root, CLASSES).is_file() and self._read_classes()[1]:
+            class_names, colours = read_classes(self.root_path / CLASSES)
+        elif (
+            root is not None
+            and Path(root, CLASSES).is_file()
+            and read_classes(Path(root, CLASSES))[1]
+        ):
             raise InputError(
                 f"{Path(root, CLASSES)} gives colours and names: leave out --data.class_names"
             )
+        if colours:
+            class_names, colours = self._read_by_colour(class_names, colours)
         self.class_names = list(class_names)
         if len(self.class_names) < 2:
             raise InputError(f"at least two classes are needed, got {self.class_names}")
@@ -63,42 +69,16 @@ class SegmentationFolder(SegmentationDataModule):
             raise InputError(f"a class name occurs twice: {self.class_names}")
         self.palette = colours or default_palette(len(self.class_names))
 
-    def _read_classes(self) -> tuple[list[str], list[Colour]]:
-        """Returns names and, where the file gives them, colours; masks are then read by these."""
-        path = self.root_path / CLASSES
-        if not path.is_file():
-            raise InputError(
-                f"class names are missing: give --data.class_names '[a, b]' or write {path}, one "
-                "name a line in the order of the mask codes"
-            )
-        try:
-            lines = path.read_text("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path} is no UTF-8 text ({error.reason}): save it as UTF-8"
-            ) from error
-        lines = [line.strip() for line in lines if line.strip()]
-        found = [WITH_COLOUR.fullmatch(line) for line in lines]
-        coloured = [match for match in found if match]
-        if not coloured:
-            return lines, []
-        if len(coloured) < len(lines):
-            without = [line for line, match in zip(lines, found, strict=True) if not match]
-            raise InputError(
-                f"{path}: some lines end in a colour, as `road 128 64 128`, but not {few(without)}"
-            )
-        entries = [(m[1], (int(m[2]), int(m[3]), int(m[4]))) for m in coloured]
-        wrong = [str(c) for c, n in Counter(c for _, c in entries).items() if n > 1 or max(c) > 255]
-        if wrong:
-            raise InputError(
-                f"{path}: each colour must stand on one line only, with numbers up to 255: "
-                f"{few(wrong)}"
-            )
+    def _read_by_colour(
+        self, names: Sequence[str], colours: Sequence[Colour]
+    ) -> tuple[list[str], list[Colour]]:
+        """Lets masks be read by the colours of `classes.txt`; returns those of the classes."""
         if self.label_map is not None or self.reduce_zero_label:
             raise InputError(
-                f"{path} gives colours, which say the class: leave out --data.label_map and "
-                "--data.reduce_zero_label"
+                f"{self.root_path / CLASSES} gives colours, which say the class: leave out "
+                "--data.label_map and --data.reduce_zero_label"
             )
+        entries = list(zip(names, colours, strict=True))
         classes = [(name, colour) for name, colour in entries if name != "ignore"]
         numbers = {colour: number for number, (_, colour) in enumerate(classes)}
         ignored = {colour: IGNORE for name, colour in entries if name == "ignore"}
@@ -109,3 +89,37 @@ class SegmentationFolder(SegmentationDataModule):
         """Returns the (image, mask) files of a split."""
         folder = self.root_path / split
         return pair_by_stem(folder / "images", folder / "masks")
+
+
+def read_classes(path: Path) -> tuple[list[str], list[Colour]]:
+    """Returns the names of a `classes.txt`, and the colour of each; no colours if it has none.
+
+    Raises:
+        InputError: It is missing, no UTF-8, or some of its colours are missing or wrong.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"class names are missing: give --data.class_names '[a, b]' or write {path}, one "
+            "name a line in the order of the mask codes"
+        )
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text ({error.reason}): save it as UTF-8") from error
+    lines = [line.strip() for line in lines if line.strip()]
+    found = [WITH_COLOUR.fullmatch(line) for line in lines]
+    coloured = [match for match in found if match]
+    if not coloured:
+        return lines, []
+    if len(coloured) < len(lines):
+        without = [line for line, match in zip(lines, found, strict=True) if not match]
+        raise InputError(
+            f"{path}: some lines end in a colour, as `road 128 64 128`, but not {few(without)}"
+        )
+    colours = [(int(m[2]), int(m[3]), int(m[4])) for m in coloured]
+    wrong = [str(c) for c, n in Counter(colours).items() if n > 1 or max(c) > 255]
+    if wrong:
+        raise InputError(
+            f"{path}: each colour must stand on one line only, with numbers up to 255: {few(wrong)}"
+        )
+    return [m[1] for m in coloured], colours
