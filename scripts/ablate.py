@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import Attempt, Cell, CellInUse, Found, stop
+from ablation.cells import Attempt, Cell, CellInUse, Found, stop
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table

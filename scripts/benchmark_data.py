@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
-from measuring import machine
+from benchmarking.measuring import machine
 from PIL import Image
-from readme import write_block
+from reporting.blocks import write_block
 from rich.progress import track
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode

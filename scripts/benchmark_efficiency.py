@@ -23,10 +23,18 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from efficiency_report import KEYS, headline, keep, short_markdown, write
-from efficiency_tables import DENSE, PEER, PLAIN, Row
-from measuring import alternate, conv_ceiling, gmacs, machine, peak_mib, saved_mib, spread
-from readme import has_block, write_block
+from benchmarking.measuring import (
+    alternate,
+    conv_ceiling,
+    gmacs,
+    machine,
+    peak_mib,
+    saved_mib,
+    spread,
+)
+from benchmarking.record import KEYS, headline, keep, short_markdown, write
+from benchmarking.tables import DENSE, PEER, PLAIN, Row
+from reporting.blocks import has_block, write_block
 from rich.progress import track
 from torch import Tensor, nn
 

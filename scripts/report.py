@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from report_figures import (
+from reporting.figures import (
     MOST_CLASSES,
     SHOWN,
     draw_classes,
@@ -26,7 +26,7 @@ from report_figures import (
     picture,
     shorten,
 )
-from report_page import (
+from reporting.page import (
     Block,
     Code,
     Gallery,
@@ -39,10 +39,10 @@ from report_page import (
     markdown,
     slug,
 )
-from report_tables import class_table, run_table, summary_table, unfinished_table
-from resumed_runs import join_resumed
-from run_folders import Run, read_confusion, read_runs
-from settings import Comparison, Setting, compare
+from reporting.resumed_runs import join_resumed
+from reporting.run_folders import Run, read_confusion, read_runs
+from reporting.settings import Comparison, Setting, compare
+from reporting.tables import class_table, run_table, summary_table, unfinished_table
 
 from isanet_pl.errors import InputError
 from isanet_pl.pictures import draw_confusion

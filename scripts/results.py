@@ -3,9 +3,10 @@
 python scripts/results.py --add quickstart runs/ablation_quickstart --panel
 python scripts/results.py          only rewrites the tables
 
-The page, docs/results/README.md, has a block `NAME results` for all that is known of each NAME. The
-README has blocks of two kinds: `NAME summary`, the last table of a NAME, and `DATA overview`, all
-trainings on a data set in one table, with the numbers of docs/results/published.yaml.
+The page, docs/results/README.md, has a block `NAME results` for all that is known of each NAME.
+The README has `NAME summary`, the last table of a NAME, and `DATA overview`, all trainings on a
+data set in one table, with the numbers of docs/results/published.yaml; a NAME with a block `NAME
+overview` stands there instead.
 """
 
 import argparse
@@ -19,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from overview import MEASURED_ALIKE, overview_table
-from readme import find_blocks, write_block
-from report_figures import draw_scores, picture
-from report_page import Table, code_as_markdown, escape_markdown, slug, table_as_markdown
-from report_tables import class_table, run_table, summary_table
-from resumed_runs import join_resumed
-from run_folders import Result, Run, read_runs
-from settings import Comparison, Setting, compare
+from reporting.blocks import find_blocks, write_block
+from reporting.figures import draw_scores, picture
+from reporting.overview import MEASURED_ALIKE, overview_table
+from reporting.page import Table, code_as_markdown, escape_markdown, slug, table_as_markdown
+from reporting.resumed_runs import join_resumed
+from reporting.run_folders import Result, Run, read_runs
+from reporting.settings import Comparison, Setting, compare
+from reporting.tables import class_table, run_table, summary_table
 
 from isanet_pl.errors import InputError
 
@@ -159,16 +160,18 @@ def summary(comparisons: Sequence[Comparison]) -> str:
     return table_as_markdown(Table([table.head[i] for i in kept], rows))
 
 
-def overview(data: str, comparisons: Sequence[Comparison], published: Path) -> str:
-    """Returns one table of all trainings on a data set as Markdown.
+def overview(name: str, comparisons: Sequence[Comparison], published: Path) -> str:
+    """Returns one table of some trainings on a data set as Markdown.
 
     Args:
-        data: The data set.
-        comparisons: Of it.
+        name: Of the data set, or of the stored results that are shown alone.
+        comparisons: Of one data set.
         published: File with the numbers of others by data set; it may be missing.
     """
     others = yaml.safe_load(published.read_text("utf-8")) if published.is_file() else {}
-    return table_as_markdown(overview_table(comparisons, others.get(data, ())))
+    shared, table = overview_table(comparisons, others.get(name, ()))
+    text = table_as_markdown(table)
+    return f"All with {escape_markdown(', '.join(shared))}:\n\n{text}" if shared else text
 
 
 def write_readme(path: Path, stored: Mapping[str, Sequence[Comparison]], store: Path) -> None:
@@ -178,10 +181,12 @@ def write_readme(path: Path, stored: Mapping[str, Sequence[Comparison]], store: 
         InputError: It has one of something that is not stored.
     """
     texts = {f"{name} summary": summary(comparisons) for name, comparisons in stored.items()}
-    for data in find_blocks(path, "overview"):
-        about = [c for known in stored.values() for c in known if c.title.startswith(f"{data} ")]
+    overviews = find_blocks(path, "overview")
+    rest = [c for name, known in stored.items() if name not in overviews for c in known]
+    for name in overviews:
+        about = stored.get(name) or [c for c in rest if c.title.startswith(f"{name} ")]
         if about:
-            texts[f"{data} overview"] = overview(data, about, store / "published.yaml")
+            texts[f"{name} overview"] = overview(name, about, store / "published.yaml")
     for kind in ("summary", "overview"):
         for name in find_blocks(path, kind):
             if f"{name} {kind}" not in texts:

@@ -410,7 +410,7 @@ class Recorder:
 )
 def test_each_run_gets_the_gpu_of_its_slot(tmp_path, monkeypatch, devices, expected):
     import ablate
-    from cells import Cell
+    from ablation.cells import Cell
 
     monkeypatch.setattr(ablate, "Attempt", Recorder)
     monkeypatch.setattr(ablate, "stop", list)
@@ -430,7 +430,7 @@ def test_each_run_gets_the_gpu_of_its_slot(tmp_path, monkeypatch, devices, expec
 
 def test_a_cell_that_is_edited_while_the_grid_runs_stops_no_other(tmp_path, monkeypatch, capsys):
     import ablate
-    from cells import Cell, Found
+    from ablation.cells import Cell, Found
 
     def find(cell, config):
         if Recorder.started and cell.seed == 1:
@@ -465,7 +465,7 @@ time.sleep(60)
 
 
 def test_a_process_has_its_share_and_all_of_it_is_killed_in_the_end(tmp_path, monkeypatch):
-    from cells import Attempt, Cell, stop
+    from ablation.cells import Attempt, Cell, stop
 
     command = [sys.executable, "-c", STUBBORN]
     monkeypatch.setattr(Cell, "command", lambda self, resume: command)
@@ -507,7 +507,7 @@ def test_a_grid_is_told_to_end_as_by_ctrl_c(number, before):
 
 def test_a_run_without_a_score_has_finished(tmp_path, monkeypatch, capsys):
     """As where nothing in the validation images is labelled."""
-    from cells import Cell, Found
+    from ablation.cells import Cell, Found
 
     folder = tmp_path / "base" / "seed0" / "version_0"
     folder.mkdir(parents=True)
@@ -521,7 +521,7 @@ def test_a_run_without_a_score_has_finished(tmp_path, monkeypatch, capsys):
 
 def test_finished_cells_are_no_work_left(tmp_path, monkeypatch):
     import ablate
-    from cells import Cell, Found
+    from ablation.cells import Cell, Found
 
     monkeypatch.setattr(ablate, "Attempt", Recorder)
     monkeypatch.setattr(ablate, "stop", list)
@@ -539,7 +539,7 @@ def test_finished_cells_are_no_work_left(tmp_path, monkeypatch):
 
 def test_the_time_left_follows_from_the_steps_done(tmp_path):
     from ablate import Grid
-    from cells import Attempt, Cell, Found
+    from ablation.cells import Attempt, Cell, Found
 
     # One waits, one has done half, a resumed one went from 20 to 40 of 100 steps.
     cells = [Cell("base", seed, tmp_path, ()) for seed in range(3)]

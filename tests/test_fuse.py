@@ -190,7 +190,7 @@ def test_weights_in_the_dtype_of_autocast_change_nothing(form):
 
 
 def test_training_keeps_less_than_half_of_the_plain_formulation(scripts_on_path):
-    from measuring import saved_mib
+    from benchmarking.measuring import saved_mib
 
     # The published widths, divided by 16.
     module = ISAModule(128, 16, 32, 32).to(memory_format=torch.channels_last)

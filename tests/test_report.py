@@ -60,7 +60,7 @@ def write_run(
 
 
 def test_a_walk_ends_in_spite_of_circular_links(tmp_path):
-    from run_folders import find_folders
+    from reporting.run_folders import find_folders
 
     run = write_run(tmp_path / "runs" / "isa" / "version_0", 0.5)
     for name in ("here", "there"):
@@ -69,8 +69,8 @@ def test_a_walk_ends_in_spite_of_circular_links(tmp_path):
 
 
 def test_a_grid_that_went_on_with_newer_code_is_one(tmp_path):
-    from run_folders import read_runs
-    from settings import compare
+    from reporting.run_folders import read_runs
+    from reporting.settings import compare
 
     for setting in ("base", "context_none"):
         for seed in range(3):
@@ -85,8 +85,8 @@ def test_a_grid_that_went_on_with_newer_code_is_one(tmp_path):
 
 @pytest.mark.parametrize("key", ["data.init_args.root", "model.network.weights_path"])
 def test_seeds_with_files_of_one_name_in_other_places_are_told(tmp_path, key):
-    from run_folders import read_runs
-    from settings import compare
+    from reporting.run_folders import read_runs
+    from reporting.settings import compare
 
     for seed, place in enumerate(("clean", "relabelled")):
         write_run(tmp_path / place / "version_0", 0.5, seed, config={key: f"{place}/camvid"})
@@ -115,9 +115,9 @@ def grid(tmp_path):
 
 def compared(*paths):
     """Returns the comparisons of some folders, and what was left out."""
-    from resumed_runs import join_resumed
-    from run_folders import read_runs
-    from settings import compare
+    from reporting.resumed_runs import join_resumed
+    from reporting.run_folders import read_runs
+    from reporting.settings import compare
 
     problems = []
     return compare(join_resumed(read_runs(paths, problems)), problems), problems
@@ -158,7 +158,7 @@ class Reader(HTMLParser):
 
 
 def test_statistics_are_those_of_a_sample():
-    from settings import Statistic, statistic
+    from reporting.settings import Statistic, statistic
 
     found = statistic([0.5, None, 0.6, 0.7])
     assert (found.mean, found.std, found.n) == (pytest.approx(0.6), pytest.approx(0.1), 3)
@@ -314,7 +314,7 @@ def test_other_evaluations_leave_a_title_as_it_is(tmp_path):
     ],
 )
 def test_labels_say_what_differs(configs, labels):
-    from labels import Kind, find_labels
+    from reporting.labels import Kind, find_labels
 
     kinds = [Kind(config, "", f"name {index}") for index, config in enumerate(configs)]
     assert find_labels(kinds) == labels
@@ -383,8 +383,8 @@ def test_the_time_of_a_run_whose_beginning_is_not_given_is_no_whole(tmp_path):
 
 
 def test_a_checkpoint_beside_the_root_of_the_file_system_has_no_run(tmp_path):
-    from resumed_runs import owner
-    from run_folders import read_runs
+    from reporting.resumed_runs import owner
+    from reporting.run_folders import read_runs
 
     write_run(tmp_path / "a" / "version_0", 0.5)
     runs = read_runs([tmp_path], [])
@@ -419,8 +419,8 @@ def test_a_run_that_went_on_leaves_the_one_before_its_evaluations(tmp_path):
 
 
 def test_a_checkpoint_of_a_training_that_is_not_given_is_no_other_ones(tmp_path):
-    from resumed_runs import owner
-    from run_folders import read_runs
+    from reporting.resumed_runs import owner
+    from reporting.run_folders import read_runs
 
     for grid in ("r18", "r50"):
         write_run(tmp_path / grid / "base" / "seed0" / "version_0", 0.5)
@@ -543,7 +543,7 @@ def test_evaluations_are_told_apart_by_their_trainings(tmp_path):
 
 
 def test_steps_are_counted_as_they_were_logged(tmp_path):
-    from run_folders import read_curves
+    from reporting.run_folders import read_curves
 
     path = tmp_path / "metrics.csv"
     # Lightning's own count starts at 0 and comes with an epoch.
@@ -554,7 +554,7 @@ def test_steps_are_counted_as_they_were_logged(tmp_path):
 
 
 def test_a_line_that_was_cut_within_a_number_is_left_out(tmp_path):
-    from run_folders import read_curves
+    from reporting.run_folders import read_curves
 
     path = tmp_path / "metrics.csv"
     path.write_text("step,val/miou\n10,0.25\n20,0.6")  # of 0.6125
@@ -659,7 +659,7 @@ def test_a_wrong_command_line_is_refused(tmp_path, grid, capsys):
 
 
 def test_curves_are_smoothed_and_averaged():
-    from report_figures import mean_curve, smooth
+    from reporting.figures import mean_curve, smooth
 
     ramp = {step: float(step) for step in range(1, 41)}  # 40 points: over 2
     smoothed = smooth(ramp)

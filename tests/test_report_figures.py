@@ -25,7 +25,7 @@ def bars(container):
 
 
 def test_scores_are_percent_beside_their_names(comparison):
-    from report_figures import draw_scores
+    from reporting.figures import draw_scores
 
     [axes] = draw_scores(comparison).axes
     labels = [text.get_text() for text in axes.get_yticklabels()]
@@ -46,7 +46,7 @@ def test_scores_are_percent_beside_their_names(comparison):
 
 
 def test_classes_have_a_bar_for_each_setting(comparison):
-    from report_figures import draw_classes
+    from reporting.figures import draw_classes
 
     figure = draw_classes(comparison)
     [axes] = figure.axes
@@ -67,14 +67,14 @@ def test_classes_have_a_bar_for_each_setting(comparison):
 
 
 def test_of_many_classes_those_that_differ_most_are_drawn(comparison, monkeypatch):
-    import report_figures
+    from reporting import figures
 
-    monkeypatch.setattr(report_figures, "MOST_CLASSES", 1)
-    assert report_figures.differing(comparison.classes, comparison.settings) == ["car"]
+    monkeypatch.setattr(figures, "MOST_CLASSES", 1)
+    assert figures.differing(comparison.classes, comparison.settings) == ["car"]
 
 
 def test_curves_are_those_of_their_panels(comparison):
-    from report_figures import draw_curves
+    from reporting.figures import draw_curves
 
     score, loss, rate = draw_curves(comparison).axes
     # Seeds thin, their mean thick where both have a point; then the setting of one seed.
@@ -92,7 +92,7 @@ def test_curves_are_those_of_their_panels(comparison):
 
 
 def test_cost_stands_against_the_score(comparison):
-    from report_figures import draw_cost
+    from reporting.figures import draw_cost
 
     parameters, gmacs, time = draw_cost(comparison).axes
     points = {

@@ -2,11 +2,18 @@
 
 import json
 import shutil
+from collections import Counter
+from inspect import signature
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Trainer
 from PIL import Image
 from test_report import context, rows, write_run
+
+from isanet_pl.data import CamVid, SegmentationDataModule
+from isanet_pl.models import ISANet
+from isanet_pl.module import SegmentationModule
 
 pytestmark = pytest.mark.usefixtures("scripts_on_path")
 
@@ -179,7 +186,7 @@ def overview_of(place):
 
 def table_rows(path):
     """Returns the rows of the only table of a page, a dict for each."""
-    lines = [line for line in path.read_text().splitlines() if line[0] == "|"]
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
     head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return [dict(zip(head, cells, strict=True)) for cells in body]
 
@@ -200,7 +207,7 @@ def test_the_overview_has_a_row_for_each_way_to_train(place):
     )
     isa, none, net = overview_of(place)  # what has no test score comes after
     assert none == {
-        "training": "isa + none, model.freeze_bn=true", "n": "1", "steps": "20",
+        "training": "isa + none, freeze_bn=true", "n": "1", "steps": "20",
         "val": "**80.00**", "val ms+flip": "-", "test": "-", "test ms+flip": "-",
         "time, or source": "2 min, a machine",
     }  # fmt: skip
@@ -219,7 +226,7 @@ def test_the_overview_names_what_changes_the_training(place):
     )
     write_run(place / "runs" / "isa" / "version_0", 0.9, options=options)
     [row] = overview_of(place)
-    assert row["training"] == "isa, data.flip=false"
+    assert row["training"] == "isa, flip=false"
 
 
 def test_a_training_that_starts_from_another_one_has_a_row_of_its_own(place):
@@ -235,7 +242,7 @@ def test_a_training_that_starts_from_another_one_has_a_row_of_its_own(place):
     found = {(row["training"], row["n"], row["val"]) for row in overview_of(place)}
     assert found == {
         ("isa", "2", "**60.00 ± 14.14**"),
-        (f"isa, from {starts[0]}", "1", "**60.00**"),
+        ("isa, from coarse/version_0", "1", "**60.00**"),
     }
 
 
@@ -248,6 +255,45 @@ def test_a_training_that_starts_from_a_whole_network_says_so(place, weights, lab
     write_run(place / "runs" / "isa" / "version_0", 0.9, options=options)
     [row] = overview_of(place)
     assert row["training"] == label
+
+
+def test_options_go_by_their_last_names_in_the_overview():
+    from reporting.commands import GROUPS
+
+    owners = [ISANet, SegmentationModule, SegmentationDataModule, CamVid, Trainer]
+    names = [set(signature(owner).parameters) for owner in owners]
+    names[3] -= names[2]
+    given = {"num_classes", "class_names", "palette"}  # by the data, and by no user
+    assert [
+        n for n, count in Counter(n for g in names for n in g - given).items() if count > 1
+    ] == []
+    assert len(GROUPS) == 4
+
+
+def test_what_all_rows_of_an_overview_share_is_said_once(place):
+    for number, name in enumerate(("isa", "none")):
+        line = f"--config a/{name}.yaml --model.network.last_stage 3 --data.flip {number}"
+        folder = place / "runs" / name / "version_0"
+        write_run(folder, 0.5 - number / 10, config=context(name), options=line)
+    assert [row["training"] for row in overview_of(place)] == ["isa, flip=0", "none, flip=1"]
+    assert "All with last_stage=3:\n\n| training |" in (place / "README.md").read_text()
+
+
+def test_results_with_a_table_of_their_own_are_in_no_other(place):
+    write_run(place / "runs" / "isa" / "version_0", 0.5, options="--config a")
+    write_run(place / "more" / "none" / "version_0", 0.6, options="--config b")
+    page = place / "docs" / "results" / "README.md"
+    page.write_text(page.read_text() + marks("more results"))
+    (place / "docs" / "results" / "published.yaml").write_text(
+        "CamVid:\n  - {name: Net, test: 69.1, source: a paper}\n"
+    )
+    for name, runs in (("mine", "runs"), ("more", "more")):
+        assert results("--add", name, runs) == 0
+    (place / "README.md").write_text(marks("CamVid overview") + marks("more overview"))
+    results()
+    text = (place / "README.md").read_text()
+    firsts = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert firsts == ["training", "a", "literature: Net", "training", "b"]
 
 
 def test_the_overview_gives_the_mean_time(place):

@@ -2,9 +2,9 @@
 
 from collections.abc import Collection, Sequence
 
-from report_page import Cell, Table
-from run_folders import Run
-from settings import Comparison, Setting, Statistic, statistic
+from reporting.page import Cell, Table
+from reporting.run_folders import Run
+from reporting.settings import Comparison, Setting, Statistic, statistic
 
 
 def spread(value: Statistic | None, strong: bool = False) -> Cell:

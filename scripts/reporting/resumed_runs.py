@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from run_folders import Run
+from reporting.run_folders import Run
 
 
 def owner(checkpoint: str | None, runs: Iterable[Run]) -> Run | None:

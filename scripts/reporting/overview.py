@@ -1,20 +1,19 @@
 """One table of what each training on a data set reached, beside what papers say."""
 
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labels import NO_DIFFERENCE, starts
-from report_page import Cell, Table
-from report_tables import mean_time, number, spread
-from resumed_runs import is_of, owner
-from run_folders import Run, natural
-from settings import Comparison, statistic
-
 from isanet_pl.errors import InputError
+from reporting.commands import describe, find_start
+from reporting.labels import starts
+from reporting.page import Cell, Table
+from reporting.resumed_runs import owner
+from reporting.run_folders import Run, natural
+from reporting.settings import Comparison, statistic
+from reporting.tables import mean_time, number, spread
 
 VIEWS = {
     ((1.0,), False): "",
@@ -31,84 +30,26 @@ MEASURED_ALIKE = ("model.inference.pad_multiple", "data.base_size", "data.label_
                   "data.reduce_zero_label")  # fmt: skip
 """What an evaluation must have in common with the training's own for a score to have a column."""
 
-# What is said elsewhere: by the row's beginning, the start of the training, and the columns.
-# Of the last checkpoint, the times of validations change nothing.
-UNTOLD = ("config", "data", "data.root", "model.network.pretrained", "model.network.weights_path",
-          "trainer.max_steps", "trainer.val_check_interval")  # fmt: skip
-
 
 @dataclass
 class Training:
     """One training and what its last checkpoint reached.
 
     Args:
-        label: Its configs, and the options that change it.
+        configs: Their names.
+        changes: Options that change what the configs say, and the training that it started from.
         run: With the result at the end of the training.
         seed: Of the training.
         scores: mIoU as a fraction, by column.
         step: Of the weights that were measured.
     """
 
-    label: str
+    configs: str
+    changes: tuple[str, ...]
     run: Run
     seed: str
     scores: dict[str, float]
     step: int = 0
-
-
-def read_options(command: str) -> list[tuple[str, str]]:
-    """Returns the options of an isanet-pl command line and their values, in order.
-
-    Names are without dashes, and in one of the spellings that a command line takes.
-    """
-    words = iter(shlex.split(command)[2:])
-    options = []
-    for word in words:
-        name, equals, value = word.partition("=")
-        name = "config" if name == "-c" else name.removeprefix("--").replace(".init_args.", ".")
-        options.append((name, value if equals else next(words, "")))
-    return options
-
-
-def find_label(command: str, folder: Path) -> str:
-    """Returns the configs of a training, the options that change it, and another as its start.
-
-    Args:
-        command: Of the training.
-        folder: Of its run.
-    """
-    options = read_options(command)
-    configs = [
-        # What a run has saved is called config.yaml in each run folder.
-        value if Path(value).name == "config.yaml" else Path(value).stem
-        for name, value in options
-        if name == "config"
-    ]
-    changes = [
-        f"{name}={value}"
-        for name, value in options
-        if name not in UNTOLD and not starts(name, NO_DIFFERENCE)
-    ]
-    *_, start = find_start(command, folder)
-    return ", ".join([" + ".join(configs), *changes, *([f"from {start}"] if start else [])])
-
-
-def find_start(command: str, folder: Path) -> tuple[str | None, ...]:
-    """Returns the weights that a training started from, the checkpoint of another one last.
-
-    That one is told from the training itself by its name alone, and from the weights of a backbone
-    by its ending.
-
-    Args:
-        command: Of the training.
-        folder: Of its run.
-    """
-    options = dict(read_options(command))
-    weights, checkpoint = options.get("model.network.weights_path"), options.get("ckpt_path")
-    other = checkpoint if checkpoint and not is_of(checkpoint, folder) else None
-    if other is None and weights is not None and Path(weights).suffix == ".ckpt":
-        other = weights
-    return weights, options.get("model.network.pretrained"), other
 
 
 def find_column(split: str, config: Mapping[str, Any], trained: Mapping[str, Any]) -> str | None:
@@ -153,7 +94,7 @@ def find_trainings(comparisons: Sequence[Comparison]) -> list[Training]:
     trainings: dict[Path, Training] = {}
     for comparison, run, seed in _runs(comparisons, ("fit",)):
         assert run.result is not None
-        training = Training(find_label(run.result.command, run.folder), run, seed, {})
+        training = Training(*describe(run.result.command, run.folder), run, seed, {})
         known = trainings.setdefault(run.folder, training)  # several names may keep the same one
         assert known.run.result is not None
         if known.run.result != run.result:
@@ -208,39 +149,56 @@ def _miou(run: Run) -> float:
 
 def overview_table(
     comparisons: Sequence[Comparison], published: Sequence[Mapping[str, Any]]
-) -> Table:
+) -> tuple[list[str], Table]:
     """Returns a row for each way to train, the best on test first, then those of papers.
+
+    What changes all of them stands in no row; it is returned before the table.
 
     Args:
         comparisons: Of one data set.
         published: `name`, `source` and the score in percent by column, of each number.
     """
-    ways: dict[tuple[Any, ...], list[Training]] = {}
-    repeats: Counter[tuple[Any, ...]] = Counter()
-    for training in find_trainings(comparisons):
-        assert training.run.result is not None
-        start = find_start(training.run.result.command, training.run.folder)
-        way = (training.label, training.step or training.run.result.step, start)
-        # The same training once more, on another machine say, is no other seed.
-        again = repeats[way, training.seed]
-        repeats[way, training.seed] += 1
-        ways.setdefault((*way, again), []).append(training)
+    ways = _find_ways(comparisons)
     scores = {
         way: {c: statistic(t.scores.get(c) for t in trained) for c in COLUMNS}
         for way, trained in ways.items()
     }
     means = {way: {c: s.mean for c, s in found.items() if s} for way, found in scores.items()}
     tops = {c: max((mean.get(c, 0.0) for mean in means.values()), default=None) for c in COLUMNS}
+    changes = [trained[0].changes for trained in ways.values()]
+    shared = [c for c in changes[0] if len(ways) > 1 and all(c in other for other in changes)]
     rows = []
     for way in sorted(ways, key=lambda way: [-means[way].get(c, 0.0) for c in ("test", "val")]):
-        first = ways[way][0].run
-        assert first.result is not None
-        known = [Cell(way[0]), number(len(ways[way]), "d"), number(way[1], "d")]
+        first = ways[way][0]
+        assert first.run.result is not None
+        label = ", ".join([first.configs, *(c for c in first.changes if c not in shared)])
+        known = [Cell(label), number(len(ways[way]), "d"), number(_step(first), "d")]
         cells = [spread(s, s is not None and s.mean == tops[c]) for c, s in scores[way].items()]
         time = mean_time([training.run for training in ways[way]]).text
-        rows.append([*known, *cells, Cell(f"{time}, {first.result.machine}")])
+        rows.append([*known, *cells, Cell(f"{time}, {first.run.result.machine}")])
     for entry in published:
         known = [Cell(f"literature: {entry['name']}"), Cell("-"), Cell("-")]
         cells = [number(entry.get(column), "g") for column in COLUMNS]
         rows.append([*known, *cells, Cell(entry["source"])])
-    return Table(("training", "n", "steps", *COLUMNS, "time, or source"), rows)
+    return shared, Table(("training", "n", "steps", *COLUMNS, "time, or source"), rows)
+
+
+def _find_ways(comparisons: Sequence[Comparison]) -> dict[tuple[Any, ...], list[Training]]:
+    """Returns the trainings that differ in nothing but their seeds together."""
+    ways: dict[tuple[Any, ...], list[Training]] = {}
+    repeats: Counter[tuple[Any, ...]] = Counter()
+    for training in find_trainings(comparisons):
+        assert training.run.result is not None
+        start = find_start(training.run.result.command, training.run.folder)
+        way = (training.configs, training.changes, _step(training), start)
+        # The same training once more, on another machine say, is no other seed.
+        again = repeats[way, training.seed]
+        repeats[way, training.seed] += 1
+        ways.setdefault((*way, again), []).append(training)
+    return ways
+
+
+def _step(training: Training) -> int | None:
+    """Returns the step of the weights that were measured, or the last one."""
+    assert training.run.result is not None
+    return training.step or training.run.result.step

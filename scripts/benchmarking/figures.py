@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from efficiency_tables import DENSE, Row, edges, ms, representative, representative_growth
 from matplotlib.figure import Figure
+
+from benchmarking.tables import DENSE, Row, edges, ms, representative, representative_growth
 
 OURS, OTHERS = "C3", "C0"
 """Colours of ISA and of what it is compared with."""

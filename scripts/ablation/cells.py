@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from labels import NO_DIFFERENCE, starts
+from reporting.labels import NO_DIFFERENCE, starts
 
 from isanet_pl.callbacks.run_config import flatten
 from isanet_pl.cli import main as isanet_pl_main

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from efficiency_figures import draw_growth, draw_heads
-from efficiency_tables import (
+from benchmarking.figures import draw_growth, draw_heads
+from benchmarking.tables import (
     edges,
     exponents,
     find_ratios,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resumed_runs import name_of
+from reporting.resumed_runs import name_of
 
 Config = Mapping[str, Any]
 """A config by dotted key."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
-from labels import (
+from reporting.labels import (
     OF_EVALUATION,
     PATHS,
     Config,
@@ -17,9 +17,9 @@ from labels import (
     find_labels,
     starts,
 )
-from report_page import slug
-from resumed_runs import is_of, owner
-from run_folders import Curve, Run, natural
+from reporting.page import slug
+from reporting.resumed_runs import is_of, owner
+from reporting.run_folders import Curve, Run, natural
 
 COMMANDS = ("fit", "validate", "test")
 

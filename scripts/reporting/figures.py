@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from report_page import Picture
-from run_folders import Curve
-from settings import Comparison, Setting, Statistic
 
 from isanet_pl.pictures import unhidden
+from reporting.page import Picture
+from reporting.run_folders import Curve
+from reporting.settings import Comparison, Setting, Statistic
 
 # Okabe and Ito's colours without yellow and black, which one of the two backgrounds swallows.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")

@@ -1,0 +1,1 @@
+"""Speed and memory, measured and shown: the parts of the benchmarks."""

@@ -1,0 +1,1 @@
+"""Run folders, read and shown: the parts of report.py and results.py."""
