@@ -95,6 +95,11 @@ def save_whole(content: Any, path: Path) -> None:
     write_whole(path, save)
 
 
+def write_text_whole(path: Path, text: str) -> None:
+    """Writes a text file, in UTF-8, whole or not at all."""
+    write_whole(path, lambda file: file.write_text(text, "utf-8"))
+
+
 def write_whole(path: Path, save: Callable[[Path], Any]) -> None:
     """Writes a file beside the one of that name, and puts it in its place once it is whole."""
     part = path.with_name(path.name + PART)

@@ -1,6 +1,7 @@
 """Reading what a checkpoint says about itself."""
 
 import json
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,7 +118,9 @@ def _read_config(text: str) -> dict[str, Any]:
     """
     try:
         path = Path(text)
-        content = yaml.safe_load(path.read_text("utf-8") if path.is_file() else text)
+        # Not `path.is_file()`, which raises where a text is too long for a name.
+        named = os.path.isfile(text)  # noqa: PTH113
+        content = yaml.safe_load(path.read_text("utf-8") if named else text)
         if not isinstance(content, dict):
             return {}
         data = content.get("data")
@@ -128,16 +131,10 @@ def _read_config(text: str) -> dict[str, Any]:
     return content
 
 
-def _names_data(config: Mapping[str, Any]) -> bool:
-    """Returns whether a config says which data set it is for, and not only options of one."""
-    data = config.get("data")
-    return isinstance(data, str) or (isinstance(data, dict) and "class_path" in data)
-
-
-def _describes_network(config: Mapping[str, Any]) -> bool:
-    """Returns whether a config says what network to build, perhaps in a file of its own."""
-    model = config.get("model")
-    return isinstance(model, str) or (isinstance(model, dict) and "network" in model)
+def _says(config: Mapping[str, Any], section: str, part: str) -> bool:
+    """Returns whether a config has a part of a section, or has that by its name or in a file."""
+    value = config.get(section)
+    return isinstance(value, str) or (isinstance(value, dict) and part in value)
 
 
 def _sets_base_size(config: Mapping[str, Any]) -> bool:
@@ -160,10 +157,10 @@ def with_config_of_checkpoint(args: list[str]) -> list[str]:
     given = [_read_config(text) for text in _values_of(args, "--config", "-c")]
     paths = _values_of(args, "--ckpt_path")
     paths = paths or [str(config["ckpt_path"]) for config in given if config.get("ckpt_path")]
-    if not paths or any(map(_describes_network, given)):
+    if not paths or any(_says(config, "model", "network") for config in given):
         return args
-    config = config_of(paths[0], args[0])
-    named = "--data" in options or any(map(_names_data, given))
+    config = config_of(paths[-1], args[0])  # the one that the parser takes
+    named = "--data" in options or any(_says(config, "data", "class_path") for config in given)
     if args[0] in ("predict", "export") and not named:
         return [args[0], "--config", json.dumps(config), *args[1:]]
     # The user's data set knows its classes; images come to the size that was trained for.

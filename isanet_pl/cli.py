@@ -29,7 +29,6 @@ from isanet_pl.data import SegmentationDataModule
 from isanet_pl.data.files import IGNORE
 from isanet_pl.errors import InputError, find_input_error
 from isanet_pl.explain import explain, less_memory, out_of_memory
-from isanet_pl.export import SegmentationTrainer
 from isanet_pl.exported import OnnxNetwork
 from isanet_pl.hardware import precision_in_hardware
 from isanet_pl.messages import configure_messages
@@ -42,6 +41,7 @@ from isanet_pl.options import (
 )
 from isanet_pl.resume import continue_metrics, find_run
 from isanet_pl.run_folder import name_of_run, new_run_folder, remove_if_empty
+from isanet_pl.trainer import SegmentationTrainer
 
 log = logging.getLogger(__name__)
 

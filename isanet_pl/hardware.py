@@ -16,9 +16,9 @@ def num_cores() -> int:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Returns the most GiB that this process has held so far: on the GPU it uses, or else at all.
+    """Returns, by the metric's name, the most GiB that this process has held so far.
 
-    Nothing where the system does not count it (Windows).
+    On the GPU that it uses, or else at all; nothing where the system does not count it (Windows).
 
     Args:
         device: What the process computes on.

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Returns the mean of a tensor over all ranks, without a gradient; itself where there is one.
+    """Returns the mean of a tensor over all ranks, without its gradient; of a single one, itself.
 
     Nothing waits for it: Lightning's `sync_dist` stops every rank at a barrier first.
     """

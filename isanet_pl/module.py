@@ -35,6 +35,9 @@ STATEFUL = ("amsgrad", "centered", "fused", "capturable")
 class SegmentationModule(pl.LightningModule):
     """Trains and evaluates a segmentation network.
 
+    A batch has `image` uint8 (N, 3, H, W) RGB, `mask` uint8 or int64 (N, H, W), classes 0..K-1 and
+    255 for ignored pixels, and `name`, N names of files; in `predict` no mask.
+
     Args:
         network: The network.
         loss: The training loss.
@@ -89,29 +92,12 @@ class SegmentationModule(pl.LightningModule):
         freeze_bn: bool = False,
     ) -> None:
         super().__init__()
-        num_classes = len(class_names)
-        if loss.class_weights is not None and len(loss.class_weights) != num_classes:
-            raise InputError(
-                f"model.loss.class_weights has {len(loss.class_weights)} entries for {num_classes} "
-                f"classes: {', '.join(class_names)}"
-            )
-        if not 0 <= warmup_fraction < 1:
-            raise InputError(
-                f"model.warmup_fraction must be at least 0 and below 1, got {warmup_fraction}"
-            )
-        for name, value in (
-            ("new_layers_lr_factor", new_layers_lr_factor),
-            ("poly_power", poly_power),
-            ("end_lr_factor", end_lr_factor),
-        ):
-            if not 0 <= value < math.inf:
-                raise InputError(f"model.{name} must be a number of at least 0, got {value}")
-        if reference_batch_size is not None and reference_batch_size < 1:
-            raise InputError(
-                f"model.reference_batch_size must be at least 1, got {reference_batch_size}"
-            )
-        if scale_lr and reference_batch_size is None:
-            raise InputError("model.scale_lr needs model.reference_batch_size to scale from")
+        factors = {
+            "new_layers_lr_factor": new_layers_lr_factor,
+            "poly_power": poly_power,
+            "end_lr_factor": end_lr_factor,
+        }
+        _check(loss, class_names, factors, warmup_fraction, reference_batch_size, scale_lr)
         self.save_hyperparameters(logger=False)
         # CPU and GPU convs alike run fastest, in mixed precision, with channels last.
         self.network = network.to(memory_format=torch.channels_last)
@@ -136,7 +122,7 @@ class SegmentationModule(pl.LightningModule):
         self.seen_losses: list[Tensor] = []  # of their batches
         self.metrics = nn.ModuleDict(
             {
-                stage: SegmentationMetrics(num_classes, self.class_names, loss.ignore_index)
+                stage: SegmentationMetrics(len(class_names), self.class_names, loss.ignore_index)
                 for stage in ("val", "test")
             }
         )
@@ -167,6 +153,10 @@ class SegmentationModule(pl.LightningModule):
             # Not a part of this module: it shares the weights, under other names.
             object.__setattr__(self, "compiled", torch.compile(self.network))
 
+    def teardown(self, stage: str) -> None:
+        """Lets go of the folded network."""
+        object.__setattr__(self, "deployed", None)
+
     def _forward(self, image: Tensor) -> dict[str, Tensor]:
         network = self.network if self.compiled is None else self.compiled
         outputs: dict[str, Tensor] = network(self.network.normalise(image))
@@ -182,12 +172,10 @@ class SegmentationModule(pl.LightningModule):
             # Not a part of this module: its parameters are copies.
             object.__setattr__(self, "deployed", fuse_for_inference(self.network, dtype))
 
-    def on_predict_start(self) -> None:
-        """Folds the network; see `on_test_start`."""
-        self.on_test_start()
+    on_predict_start = on_test_start
 
     def on_validation_start(self) -> None:
-        """Folds the network, unless it is in training; see `on_test_start`."""
+        """Folds the network, unless it is in training."""
         if self.trainer.state.fn != "fit":
             self.on_test_start()
 
@@ -286,10 +274,6 @@ class SegmentationModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs the scores of the whole split."""
         self._log_scores("val")
-
-    def teardown(self, stage: str) -> None:
-        """Lets go of the folded network."""
-        object.__setattr__(self, "deployed", None)
 
     def on_test_epoch_end(self) -> None:
         """Logs the scores of the whole split."""
@@ -432,3 +416,32 @@ class SegmentationModule(pl.LightningModule):
                 "images are seen otherwise than by the checkpoint's own settings:\n  %s",
                 "\n  ".join(differences),
             )
+
+
+def _check(
+    loss: SegmentationLoss,
+    class_names: Sequence[str],
+    factors: Mapping[str, float],
+    warmup_fraction: float,
+    reference_batch_size: int | None,
+    scale_lr: bool,
+) -> None:
+    """Raises the module's InputError."""
+    if loss.class_weights is not None and len(loss.class_weights) != len(class_names):
+        raise InputError(
+            f"model.loss.class_weights has {len(loss.class_weights)} entries for "
+            f"{len(class_names)} classes: {', '.join(class_names)}"
+        )
+    if not 0 <= warmup_fraction < 1:
+        raise InputError(
+            f"model.warmup_fraction must be at least 0 and below 1, got {warmup_fraction}"
+        )
+    for name, value in factors.items():
+        if not 0 <= value < math.inf:
+            raise InputError(f"model.{name} must be a number of at least 0, got {value}")
+    if reference_batch_size is not None and reference_batch_size < 1:
+        raise InputError(
+            f"model.reference_batch_size must be at least 1, got {reference_batch_size}"
+        )
+    if scale_lr and reference_batch_size is None:
+        raise InputError("model.scale_lr needs model.reference_batch_size to scale from")

@@ -15,6 +15,7 @@ from isanet_pl.data.colours import Jitter, distort
 from isanet_pl.data.dataset import ImageDataset, code_table
 from isanet_pl.data.files import INVALID, read_mask
 from isanet_pl.data.palette import default_palette
+from isanet_pl.errors import InputError
 
 NAMES = ["road", "car", "tree"]
 
@@ -119,6 +120,16 @@ def test_a_training_run_sees_changed_colours(folder):
         )
         seen.append(torch.cat(module.images).float().mean((2, 3)))
     assert (seen[0] - seen[1]).abs().max() > 5
+
+
+def test_without_validation_no_validation_images_are_needed(tmp_path):
+    data = make_data(make_folder(tmp_path, splits=("train",)))
+    data.trainer = pl.Trainer(accelerator="cpu", limit_val_batches=0, logger=False)
+    data.setup("fit")
+    assert len(next(iter(data.train_dataloader()))["name"]) == 2
+    data.trainer.limit_val_batches = 1.0
+    with pytest.raises(InputError, match="val"):
+        data.setup("fit")
 
 
 def test_images_of_several_sizes_make_no_batch(tmp_path):

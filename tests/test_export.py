@@ -16,7 +16,7 @@ from test_predictions import NAMES, PALETTE, write_checkpoint
 from isanet_pl.checkpoints import config_of
 from isanet_pl.cli import main
 from isanet_pl.errors import InputError
-from isanet_pl.export import _read_images, size_multiples
+from isanet_pl.export import read_images, size_multiples
 from isanet_pl.exported import METADATA, OnnxNetwork, read_metadata
 from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
@@ -53,7 +53,7 @@ def fixed(checkpoint, tmp_path_factory):
 def written(fixed, monkeypatch):
     """Spares tests of what happens once a file for 24x40 is written the seconds of writing it."""
     monkeypatch.setattr(
-        "isanet_pl.export.write_onnx", lambda program, file, metadata: shutil.copy(fixed, file)
+        "isanet_pl.trainer.write_onnx", lambda program, file, metadata: shutil.copy(fixed, file)
     )
 
 
@@ -202,7 +202,7 @@ def test_export_says_how_the_file_compares(checkpoint, tmp_path, capsys):
 
 @pytest.mark.usefixtures("written")
 def test_a_file_that_answers_otherwise_is_refused(checkpoint, tmp_path, monkeypatch):
-    from isanet_pl import export as module
+    from isanet_pl import trainer as module
 
     right = module.onnx_runner
     for factor, said in ((1.001, "1.0e-03"), (0.999, "1.0e-03"), (float("nan"), "nan")):
@@ -218,7 +218,7 @@ def test_a_file_that_does_not_run_is_refused(checkpoint, tmp_path, monkeypatch):
     def run(x):
         raise RuntimeError("Reshape node")
 
-    monkeypatch.setattr("isanet_pl.export.onnx_runner", lambda path: run)
+    monkeypatch.setattr("isanet_pl.trainer.onnx_runner", lambda path: run)
     with pytest.raises(InputError, match=r"a\.onnx does not run on \(2, 3, 24, 40\): Reshape"):
         export(checkpoint, tmp_path / "a.onnx", "--size", "[24, 40]")
     assert not list(tmp_path.iterdir())
@@ -258,7 +258,7 @@ def test_a_place_that_cannot_be_written_is_named(checkpoint, tmp_path):
 
 @pytest.mark.usefixtures("written")
 def test_int8(checkpoint, tmp_path, fixed, monkeypatch):
-    from isanet_pl import export as module
+    from isanet_pl import trainer as module
 
     calibrated, quantise = [], module.quantise
     monkeypatch.setattr(
@@ -314,7 +314,7 @@ def test_wrong_options_are_refused(checkpoint, tmp_path, arguments, message):
 def test_images_to_calibrate_with_are_evenly_chosen(tmp_path, count, expected):
     for i in range(5):
         Image.new("RGB", (4, 4), (i, i, i)).save(tmp_path / f"{i}.png")
-    chosen = _read_images(tmp_path, (2, 2), count)
+    chosen = read_images(tmp_path, (2, 2), count)
     assert [int(image[0, 0, 0, 0]) for image in chosen] == list(expected)
 
 

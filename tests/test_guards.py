@@ -120,7 +120,7 @@ def add_up_alone(number):
 
 
 def test_one_percent_of_a_pass_may_be_replaced_and_no_more(caplog):
-    files = BrokenFiles(num_images=200, images_per_step=4, add_up=add_up_alone)
+    files = BrokenFiles(num_images=200, images_per_batch=4, add_up=add_up_alone)
     fine, broken = [[], [], [], []], [[], ["a.png is broken"], [], []]
     for _ in range(3):  # passes
         for step in range(50):
@@ -135,13 +135,13 @@ def test_one_percent_of_a_pass_may_be_replaced_and_no_more(caplog):
 
 
 def test_a_sample_that_took_several_attempts_counts_once():
-    files = BrokenFiles(num_images=100, images_per_step=2, add_up=add_up_alone)
+    files = BrokenFiles(num_images=100, images_per_batch=2, add_up=add_up_alone)
     files.take([["a.png is broken", "b.png is broken"], []])
     assert list(files.replaced) == [1]
 
 
 def test_every_rank_counts_what_all_of_them_replaced():
-    files = BrokenFiles(num_images=100, images_per_step=4, add_up=lambda number: number + 2)
+    files = BrokenFiles(num_images=100, images_per_batch=4, add_up=lambda number: number + 2)
     with fails_naming("2 of the 100", "on another rank"):
         files.take([[], []])
 

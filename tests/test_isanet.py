@@ -250,6 +250,12 @@ def test_predict_takes_a_tensor(predictor, photo):
     assert predictor.predict(pixels).equal(predictor.predict(photo))
 
 
+def test_a_predicted_class_map_may_be_changed(predictor, photo):
+    classes = predictor.predict(photo)
+    classes[classes == classes[0, 0]] = 255
+    assert classes[0, 0] == 255
+
+
 def test_predict_does_not_change_the_weights(predictor, photo):
     before = {k: v.clone() for k, v in predictor.train().state_dict().items()}
     predictor.predict(photo)
@@ -488,6 +494,8 @@ def test_whole_numbers_of_the_normalisation_are_as_a_config_has_them():
     network = ISANet(3, "resnet18", **small, mean=(1, 2, 3), std=(1, 1, 1))
     assert json.dumps(network.arguments["mean"]) == "[1.0, 2.0, 3.0]"
     assert json.dumps(network.arguments["std"]) == "[1.0, 1.0, 1.0]"
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    assert network.double().predict(image).shape == (8, 8)
 
 
 def test_half_precision_weights_load(network, direct, weights, tmp_path):

@@ -551,6 +551,19 @@ def test_a_config_of_a_network_is_taken_instead_of_the_checkpoints(tmp_path):
         assert with_config_of_checkpoint(arguments) == arguments
 
 
+def test_of_several_checkpoints_the_last_is_described(checkpoint, tmp_path):
+    other = write_checkpoint(tmp_path / "other.ckpt", context="none")
+    paths = [part for path in (checkpoint, other) for part in ("--ckpt_path", str(path))]
+    config = json.loads(with_config_of_checkpoint(["predict", *paths])[2])
+    assert config["model"]["network"]["context"] == "none"
+
+
+def test_a_long_config_of_the_command_line_counts(checkpoint):
+    config = json.dumps({"model": {"network": {"context": "none"}}, "name": "x" * 300})
+    arguments = ["predict", "--config", config, "--ckpt_path", str(checkpoint)]
+    assert with_config_of_checkpoint(arguments) == arguments
+
+
 def test_left_and_right_classes_travel_with_the_checkpoint(photos, tmp_path):
     path = write_checkpoint(tmp_path / "a.ckpt", inference={"mirrored_classes": [[1, 2]]})
     cli = predict(path, photos, tmp_path / "out", "--model.inference.flip", "true")
@@ -563,8 +576,18 @@ def test_a_checkpoint_with_missing_weights_is_refused(checkpoint, photos, tmp_pa
     torch.save(content, tmp_path / "cut.ckpt")
     with pytest.raises(InputError, match=r"1 of its \d+ tensors .* network\.classifier\.bias"):
         predict(tmp_path / "cut.ckpt", photos, tmp_path / "out")
-    with pytest.raises(ValueError, match="not a checkpoint of isanet-pl"):
+    with pytest.raises(ValueError, match=r"damaged or of another version.*classifier\.bias"):
         ISANet.from_checkpoint(tmp_path / "cut.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"]["network"]["newer"] = 1
+    torch.save(content, tmp_path / "newer.ckpt")
+    with pytest.raises(ValueError, match=r"not a checkpoint of isanet-pl as it is now.*newer"):
+        ISANet.from_checkpoint(tmp_path / "newer.ckpt")
+    for text in (b"text", None):
+        path = tmp_path / "other.ckpt"
+        path.write_bytes(text) if text else torch.save({"state_dict": {}}, path)
+        with pytest.raises(ValueError, match=r"checkpoint of isanet-pl: it (is damaged|does not)"):
+            ISANet.from_checkpoint(path)
 
 
 @pytest.mark.parametrize("command", ["fit", "export"])

@@ -337,12 +337,14 @@ def test_settings_that_change_on_going_on_are_said_and_win(stopped, caplog):
     fit(stopped, **options)
     assert "another config" not in caplog.text  # resume itself is none
     rate = "model.optimizer.init_args.lr"
-    fit(stopped, **{"data.batch_size": 1, rate: 0.5, "seed_everything": 1, **options})
+    changed = {"data.batch_size": 1, rate: 0.5, "seed_everything": 1}
+    fit(stopped, **changed, **{"wandb_run.log_checkpoint": "true"}, **options)
     (said,) = (r.getMessage() for r in caplog.records if "another config" in r.getMessage())
     assert said.splitlines()[1:] == [
         "  data.batch_size: 2 before, now 1",
         "  model.optimizer.lr: 0.01 before, now 0.5",
         "  seed_everything: 0 before, now 1",
+        "  wandb_run.log_checkpoint: False before, now True",
     ]
     assert "training samples go on with the checkpoint's seed 0" in caplog.text
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from isanet_pl.callbacks.last_checkpoint import terminated
-from isanet_pl.checkpoint_io import write_whole
+from isanet_pl.checkpoint_io import write_text_whole, write_whole
 from isanet_pl.data import Images
 from isanet_pl.errors import InputError
 from isanet_pl.pictures import overlay
@@ -87,9 +87,7 @@ class PredictionWriter(pl.Callback):
                     f"settings (see {path.name}): choose another --output, or remove the folder"
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(
-                path, lambda file: file.write_text(json.dumps(model, indent=2) + "\n", "utf-8")
-            )
+            write_text_whole(path, json.dumps(model, indent=2) + "\n")
         except OSError as error:
             raise InputError(
                 f"cannot write to {path.parent}: {error.strerror}; choose another --output"
@@ -202,7 +200,7 @@ class PredictionWriter(pl.Callback):
                 for code in np.flatnonzero(counts)
             }
         text = json.dumps(shares, indent=1) + "\n"  # ASCII: a name may be no UTF-8
-        write_whole(folder / "shares.json", lambda file: file.write_text(text, "utf-8"))
+        write_text_whole(folder / "shares.json", text)
         return len(shares)
 
 

@@ -114,7 +114,7 @@ class Progress(pl.Callback):
     @rank_zero_only
     def _print_share(self, trainer: pl.Trainer, share: float) -> None:
         now = time.monotonic()
-        if _has_bar(trainer) or now - self.printed < self.EVERY_SECONDS:
+        if _is_quiet(trainer) or now - self.printed < self.EVERY_SECONDS:
             return
         self.printed, taken = now, now - self.begun
         left = taken / share * (1 - share) / 60
@@ -127,7 +127,7 @@ class Progress(pl.Callback):
     def _print(
         self, trainer: pl.Trainer, loss: float, rates: Mapping[str, str], speed: float
     ) -> None:
-        if _has_bar(trainer):
+        if _is_quiet(trainer):
             return
         step, total = trainer.global_step, trainer.estimated_stepping_batches
         per_step = (time.monotonic() - self.start) / max(1, step - self.first_step)
@@ -150,8 +150,8 @@ class Progress(pl.Callback):
         print(f"step {trainer.global_step}: val/miou {score:.4f}", flush=True)
 
 
-def _has_bar(trainer: pl.Trainer) -> bool:
-    """Returns whether lines are not wanted: a terminal has a bar, or nothing is to be shown."""
+def _is_quiet(trainer: pl.Trainer) -> bool:
+    """Returns whether no lines are wanted: a terminal has a bar, or nothing is to be shown."""
     return sys.stdout.isatty() or trainer.progress_bar_callback is None
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from isanet_pl.checkpoint_io import write_whole
+from isanet_pl.checkpoint_io import write_text_whole
 from isanet_pl.hardware import describe_machine
 from isanet_pl.inference import Inference
 from isanet_pl.models import ISANet
@@ -192,7 +192,7 @@ class ResultTable(pl.Callback):
             }
             # Whole: this file says that the run has ended.
             text = json.dumps(record, indent=2) + "\n"
-            write_whole(folder / RESULTS, lambda file: file.write_text(text, "utf-8"))
+            write_text_whole(folder / RESULTS, text)
         Console(width=None if sys.stdout.isatty() else 80).print(_table(stage, scores))
         if folder is not None:
             print(f"written to {folder}")

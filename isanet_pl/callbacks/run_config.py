@@ -63,7 +63,7 @@ class RunConfig(SaveConfigCallback):
         differences = [
             f"{key}: {old.get(key)} before, now {new.get(key)}"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not key.startswith(OF_A_COMMAND)
+            if old.get(key) != new.get(key) and key.split(".")[0] not in OF_A_COMMAND
         ]
         if differences:
             log.info("going on with another config:\n  %s", "\n  ".join(differences))

@@ -68,7 +68,7 @@ def pair_ids(
     Args:
         ids: Names without their ending.
         images: Folder of the images.
-        masks: Folder of the masks; files of other ids in it are let be.
+        masks: Folder of the masks; files of other ids in it are left alone.
         image_ending: What follows the id in the name of an image.
         mask_ending: What follows the id in the name of a mask.
 

@@ -18,16 +18,18 @@ class BrokenFiles:
 
     Args:
         num_images: Samples of a pass over the images.
-        images_per_step: Samples of a batch, over all ranks.
+        images_per_batch: Samples of a batch, over all ranks.
         add_up: Returns the sum of a number over all ranks.
     """
 
-    def __init__(self, num_images: int, images_per_step: int, add_up: Callable[[int], int]) -> None:
+    def __init__(
+        self, num_images: int, images_per_batch: int, add_up: Callable[[int], int]
+    ) -> None:
         self.num_images = num_images
         self.add_up = add_up
         self.known: dict[str, None] = {}  # what was said, in order
         # Of each batch of the last pass, the samples that were replaced.
-        self.replaced: deque[int] = deque(maxlen=math.ceil(num_images / images_per_step))
+        self.replaced: deque[int] = deque(maxlen=math.ceil(num_images / images_per_batch))
 
     def take(self, errors: Sequence[Sequence[str]]) -> None:
         """Takes note of a batch.

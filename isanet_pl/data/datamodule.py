@@ -212,6 +212,8 @@ class SegmentationDataModule(pl.LightningDataModule):
             "test": ("test",),
         }
         needed = splits.get(stage, ())
+        if stage == "fit" and self.trainer is not None and self.trainer.limit_val_batches == 0:
+            needed = ("train",)
         for split in needed:
             if split not in self._datasets:
                 self._datasets[split] = self.build_dataset(split)
@@ -383,7 +385,7 @@ class SegmentationDataModule(pl.LightningDataModule):
         accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         sampler = DrawSampler(samples, self.batch_size, self._position, *self._ranks, accumulated)
         if self.skip_broken:
-            self._broken = BrokenFiles(len(samples), sampler.images_per_step, self._add_up)
+            self._broken = BrokenFiles(len(samples), sampler.images_per_batch, self._add_up)
         return DrawLoader(samples, batch_size=self.batch_size, sampler=sampler, **self._loading())
 
     def val_dataloader(self) -> DataLoader[Sample]:

@@ -130,10 +130,10 @@ class DrawSampler(DistributedSampler[int]):
     ) -> None:
         super().__init__(samples, num_ranks, rank, shuffle=False, drop_last=True)
         self.batch_size = batch_size
-        self.images_per_step = batch_size * num_ranks
+        self.images_per_batch = batch_size * num_ranks
         self.position = position
         # Lightning steps at the end of an epoch, however few batches it has accumulated by then.
-        num_steps = len(samples) // (self.images_per_step * accumulated)
+        num_steps = len(samples) // (self.images_per_batch * accumulated)
         self.num_batches = max(1, num_steps) * accumulated
 
     def __len__(self) -> int:
@@ -142,7 +142,7 @@ class DrawSampler(DistributedSampler[int]):
     def __iter__(self) -> Iterator[int]:
         first = self.position.draw + self.rank * self.batch_size
         for batch in range(self.num_batches):
-            start = first + batch * self.images_per_step
+            start = first + batch * self.images_per_batch
             yield from range(start, start + self.batch_size)
 
 
@@ -158,7 +158,7 @@ class DrawLoader(DataLoader[Sample]):
     def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             if isinstance(self.sampler, DrawSampler):  # --trainer.overfit_batches puts in another
-                self.sampler.position.draw += self.sampler.images_per_step
+                self.sampler.position.draw += self.sampler.images_per_batch
             yield batch
 
 

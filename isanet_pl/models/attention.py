@@ -52,6 +52,7 @@ def attend(
         (N, C_v, G, L) in channels_last memory order.
     """
     if sdpa:
+        # (N, G, L, C)
         query, key, value = (t.permute(0, 2, 3, 1) for t in (query, key, value))
         # The fused kernels want as many channels of the value as of the key.
         values = torch.split(value, key.shape[3], dim=3)
@@ -125,6 +126,7 @@ def attend_along(
         query, key, value = (t.transpose(2, 3) for t in (query, key, value))
         return attend(query, key, value, None if mask is None else mask.T, sdpa)
     shape = value.shape
+    # (N, C, 1, H*W): one group
     query, key, value = (t.flatten(2).unsqueeze(2) for t in (query, key, value))
     return attend(query, key, value, sdpa=sdpa).view(shape)
 

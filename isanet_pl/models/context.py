@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from isanet_pl.models.attention import SelfAttentionBlock2D
 from isanet_pl.models.layers import conv_bn_relu, mix
 
+POOL_SIZES = (1, 2, 3, 6)
+"""Parts of PPM along each side of the map, for each branch."""
+
 
 class NoContext(nn.Module):
     """Returns a conv1x1-BN-ReLU of each position: an FCN.
@@ -96,7 +99,6 @@ class PyramidPooling(nn.Module):
         in_channels: Channels of the input.
         out_channels: Channels of each pooled branch and of the output.
         dropout: Probability of Dropout2d on the output.
-        pool_sizes: Parts along each side of the map, for each branch.
         negative_slope: Of the activations below zero.
     """
 
@@ -105,16 +107,15 @@ class PyramidPooling(nn.Module):
         in_channels: int,
         out_channels: int,
         dropout: float = 0.0,
-        pool_sizes: Sequence[int] = (1, 2, 3, 6),
         negative_slope: float = 0.0,
     ) -> None:
         super().__init__()
         conv = partial(conv_bn_relu, negative_slope=negative_slope)
         self.branches = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(size), *conv(in_channels, out_channels))
-            for size in pool_sizes
+            for size in POOL_SIZES
         )
-        channels = in_channels + len(pool_sizes) * out_channels
+        channels = in_channels + len(POOL_SIZES) * out_channels
         self.conv_bn = conv(channels, out_channels, 3)
         self.dropout = nn.Dropout2d(dropout)
 
@@ -207,7 +208,6 @@ class RecurrentCrissCross(nn.Module):
         in_channels: Channels of the input.
         out_channels: Channels inside and of the output.
         dropout: Probability of Dropout2d on the output.
-        recurrence: Passes.
         negative_slope: Of the activations below zero.
     """
 
@@ -216,11 +216,9 @@ class RecurrentCrissCross(nn.Module):
         in_channels: int,
         out_channels: int,
         dropout: float = 0.0,
-        recurrence: int = 2,
         negative_slope: float = 0.0,
     ) -> None:
         super().__init__()
-        self.recurrence = recurrence
         conv = partial(conv_bn_relu, negative_slope=negative_slope)
         self.before = conv(in_channels, out_channels, 3)
         self.attention = CrissCrossAttention(out_channels, max(1, out_channels // 8))
@@ -231,7 +229,7 @@ class RecurrentCrissCross(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the (N, C_out, H, W) features of a (N, C, H, W) map."""
         context = self.before(x)
-        for _ in range(self.recurrence):
+        for _ in range(2):
             context = self.attention(context)
         out: Tensor = self.dropout(mix(self.conv_bn, [x, self.after(context)]))
         return out

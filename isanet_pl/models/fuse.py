@@ -110,6 +110,7 @@ class FusedSelfAttention(nn.Module):
         return out.transpose(2, 3) if along == "places" else out
 
     def _activate(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Returns x, (N, C, ...) and changed in place, with a bias of (C,) added and activated."""
         # In the dtype of x: under autocast, adding another one takes ten times as long.
         x = x if bias is None else x.add_(bias[:, None, None].to(x.dtype))
         return F.leaky_relu_(x, self.negative_slope) if self.negative_slope else x.relu_()

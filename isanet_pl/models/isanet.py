@@ -156,35 +156,13 @@ class ISANet(nn.Module):
         self.inference = Inference()
         self.align_corners: bool = arguments["align_corners"]
         self.classify_before_upsampling = reduced or classify_before_upsampling
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        for name in ("mean", "std"):
+            values = torch.tensor(arguments[name]).view(3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
 
         self.backbone = Backbone(backbone, output_stride, last_stage, ceil_mode)
         self.output_stride = self.backbone.output_stride
-        before_channels, channels = self.backbone.channels
-        self.reduce: nn.Module = nn.Identity()
-        if reduced:
-            self.reduce = conv_bn_relu(channels, out_channels, 3, negative_slope)
-            channels = out_channels
-        self.context = _context_module(channels, self.output_stride, arguments)
-        self.project: nn.Module = nn.Identity()
-        if reduced:
-            self.classifier = nn.Conv2d(out_channels, num_classes, 1)
-        else:
-            # The direct form gives its 3x3 convs a bias, also before BatchNorm.
-            self.project = nn.Sequential(
-                nn.Conv2d(out_channels, out_channels, 3, padding=1),
-                nn.BatchNorm2d(out_channels),
-                activation(negative_slope),
-            )
-            self.classifier = nn.Conv2d(out_channels, num_classes, 3, padding=1)
-        self.aux_head: nn.Sequential | None = None
-        if arguments["aux_head"]:
-            self.aux_head = nn.Sequential(
-                *conv_bn_relu(before_channels, aux_channels, 3, negative_slope),
-                nn.Dropout2d(arguments["dropout"]),
-                nn.Conv2d(aux_channels, num_classes, 1),
-            )
+        self._build_heads(reduced)
         self._initialise_heads(reduced)
 
         if pretrained and weights_path is not None:
@@ -197,11 +175,39 @@ class ISANet(nn.Module):
         if pretrained:
             self.loaded = _of_backbone(self.backbone.load_pretrained())
 
+    def _build_heads(self, reduced: bool) -> None:
+        """Builds what follows the backbone, in the order in which weights are drawn."""
+        num_classes, width, aux_width, dropout, slope = (
+            self.arguments[name]
+            for name in ("num_classes", "out_channels", "aux_channels", "dropout", "negative_slope")
+        )
+        before_channels, channels = self.backbone.channels
+        self.reduce: nn.Module = nn.Identity()
+        if reduced:
+            self.reduce = conv_bn_relu(channels, width, 3, slope)
+            channels = width
+        self.context = _context_module(channels, self.output_stride, self.arguments)
+        self.project: nn.Module = nn.Identity()
+        if reduced:
+            self.classifier = nn.Conv2d(width, num_classes, 1)
+        else:
+            # The direct form gives its 3x3 convs a bias, also before BatchNorm.
+            self.project = nn.Sequential(
+                nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), activation(slope)
+            )
+            self.classifier = nn.Conv2d(width, num_classes, 3, padding=1)
+        self.aux_head: nn.Sequential | None = None
+        if self.arguments["aux_head"]:
+            self.aux_head = nn.Sequential(
+                *conv_bn_relu(before_channels, aux_width, 3, slope),
+                nn.Dropout2d(dropout),
+                nn.Conv2d(aux_width, num_classes, 1),
+            )
+
     def _initialise_heads(self, reduced: bool) -> None:
         """Draws first weights of classifiers and, in the reduced form, of the convs before them."""
-        # As mmsegmentation does.
+        # Both as in mmsegmentation; the authors' code keeps PyTorch's defaults.
         if reduced:
-            # The authors' keep PyTorch's own start.
             for head in filter(None, (self.reduce, self.context, self.aux_head)):
                 for conv in head.modules():
                     if isinstance(conv, SameConv):
@@ -291,7 +297,7 @@ class ISANet(nn.Module):
         x = (image.to(self.mean.dtype) - self.mean) / self.std
         return x.contiguous(memory_format=torch.channels_last)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # and not `inference_mode`, whose tensors nobody may change
     def predict(self, image: Image.Image | Tensor) -> Tensor:
         """Returns the class map (H, W) of one image, uint8, on the CPU. Sets eval mode.
 
@@ -327,13 +333,20 @@ class ISANet(nn.Module):
             raise FileNotFoundError(f"checkpoint not found: {path}")
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            network_args: dict[str, Any] = checkpoint["hyper_parameters"]["network"]
-            inference = Inference(**checkpoint["hyper_parameters"].get("inference", {}))
-            network = cls(**network_args)
-            network.load_state_dict(_of_network(checkpoint["state_dict"]))
+            saved: dict[str, Any] = checkpoint["hyper_parameters"]
+            arguments, state = dict(saved["network"]), _of_network(checkpoint["state_dict"])
         except Exception as error:
             raise ValueError(why_no_checkpoint(path, error)) from error
-        network.inference = inference
+        try:
+            network = cls(**arguments)
+            network.load_state_dict(state)
+            network.inference = Inference(**saved.get("inference", {}))
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{path} is not a checkpoint of isanet-pl as it is now, but damaged or of another "
+                f"version: {reason}"
+            ) from error
         return network.eval().to(memory_format=torch.channels_last)  # as `normalise` gives images
 
 

@@ -144,7 +144,7 @@ def conv_bn_relu(
 
 
 def mix(layers: nn.Sequential, parts: Sequence[Tensor]) -> Tensor:
-    """Returns `layers`, a conv and what follows it, of the concatenation of maps (N, C_i, H, W).
+    """Returns what a conv and the layers after it make of the concatenation of (N, C_i, H, W) maps.
 
     The conv of a concatenation is the sum of convs of the parts, which spares its copy.
     """

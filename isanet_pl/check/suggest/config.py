@@ -156,7 +156,6 @@ def _inference(fingerprint: Fingerprint, geometry: Geometry) -> Iterator[Choice]
     why = f"Some images to evaluate have over {WHOLE_CROPS} crops' area: by windows.{memory}"
     yield Choice("model.inference.mode", "slide", why)
     yield Choice("model.inference.crop_size", geometry.crop_size)
-    yield Choice("model.inference.stride", [round(edge * 2 / 3) for edge in geometry.crop_size])
 
 
 def _images(fingerprint: Fingerprint, geometry: Geometry) -> Iterator[Choice]:
