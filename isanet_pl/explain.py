@@ -44,6 +44,16 @@ def explain(error: Exception) -> InputError | None:
             "set --data.batch_size 2 or more, --trainer.sync_batchnorm true on several GPUs, or "
             f"--model.freeze_bn true ({error})"
         )
+    if isinstance(error, RuntimeError) and "does not allow for gradient clipping" in str(error):
+        return InputError(
+            "in 16-mixed, --trainer.gradient_clip_val does not go together with an optimiser that "
+            f"is `fused`: leave one of them out, or take --trainer.precision bf16-mixed ({error})"
+        )
+    if isinstance(error, RuntimeError) and "a deterministic implementation" in str(error):
+        return InputError(
+            "--trainer.deterministic true: a part of this network has no deterministic way on "
+            f"this device; warn tells of it and goes on ({error})"
+        )
     if isinstance(error, ValueError) and "SyncBatchNorm" in str(error):
         return InputError(f"--trainer.sync_batchnorm true needs GPUs ({error})")
     if isinstance(error, MisconfigurationException | ValueError) and _comes_from(

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 # What the convs of a network compute in, by the trainer's precision.
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+OVERFLOWS = 50
+"""Steps in a row that the gradient scaler of 16-mixed may skip; it halves its factor in each."""
 STATEFUL = ("amsgrad", "centered", "fused", "capturable")
 """Options of PyTorch's optimisers that their state goes with."""
 
@@ -118,6 +120,7 @@ class SegmentationModule(pl.LightningModule):
         object.__setattr__(self, "deployed", None)
         object.__setattr__(self, "compiled", None)
         self.loaded_step = 0
+        self.overflows = 0  # steps in a row whose gradient was not finite
         self.seen: list[str] = []  # the images behind the gradients of now
         self.seen_losses: list[Tensor] = []  # of their batches
         self.metrics = nn.ModuleDict(
@@ -207,13 +210,17 @@ class SegmentationModule(pl.LightningModule):
         statistics = dict(self.named_buffers())
         numbers = torch.stack([*self.seen_losses, norm, largest(statistics.values())])
         if numbers.isfinite().all():  # waits for the device
+            self.overflows = 0
             return
         for loss in self.seen_losses:
             if not loss.isfinite():
                 self._stop(f"the loss is {loss.item()}")
-        # The gradient scaler of 16-mixed expects overflows and skips the step.
-        if self.trainer.precision != "16-mixed" and not norm.isfinite():
-            self._stop(f"a gradient is not finite ({first_not_finite(gradients)})")
+        # The gradient scaler of 16-mixed expects overflows, and skips the step; not for ever.
+        self.overflows += 1
+        most = OVERFLOWS if self.trainer.precision == "16-mixed" else 0
+        if self.overflows > most and not norm.isfinite():
+            row = f" for the step number {self.overflows} in a row" if most else ""
+            self._stop(f"a gradient is not finite ({first_not_finite(gradients)}){row}")
         wrong = first_not_finite(statistics)
         if wrong is not None:
             self._stop(f"a statistic is not finite ({wrong})")

@@ -100,23 +100,24 @@ def plan(options: argparse.Namespace) -> list[Cell]:
 
 
 def share_of_machine(slot: int, jobs: int, trainer: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the environment that gives the run in a slot its GPUs, or its share of the cores.
+    """Returns the environment that gives the run in a slot its GPUs and its share of the cores.
 
     Args:
         slot: Of the run.
         jobs: Runs at a time.
         trainer: Of the run's config.
     """
+    share = {"OMP_NUM_THREADS": str(max(1, num_cores() // jobs))} if jobs > 1 else {}
     if torch.cuda.is_available() and trainer["accelerator"] != "cpu":
         devices = str(trainer["devices"])
         if devices != "auto" and not (devices.isdigit() and int(devices)):
-            return {}  # it names those it wants, or wants all
+            return share  # it names those it wants, or wants all
         count = 1 if devices == "auto" else int(devices)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         first = slot % max(1, len(gpus) // count) * count
-        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + count])}
-    return {"OMP_NUM_THREADS": str(max(1, num_cores() // jobs))} if jobs > 1 else {}
+        share["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first : first + count])
+    return share
 
 
 class Grid:

@@ -352,7 +352,8 @@ def test_several_runs_share_the_machine(monkeypatch):
     devices = [share_of_machine(slot, 3, trainer)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
     assert devices == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert share_of_machine(1, 2, trainer) == {"CUDA_VISIBLE_DEVICES": "5"}
+    share = {"CUDA_VISIBLE_DEVICES": "5", "OMP_NUM_THREADS": "4"}
+    assert share_of_machine(1, 2, trainer) == share
     # One run at a time trains on one GPU as well: a batch stays what the config says.
     assert share_of_machine(0, 1, trainer) == {"CUDA_VISIBLE_DEVICES": "3"}
     # Beside GPUs, runs on the CPU share its cores.

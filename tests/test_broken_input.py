@@ -24,7 +24,7 @@ from PIL import ExifTags, Image
 from isanet_pl.__main__ import run
 from isanet_pl.cli import main
 from isanet_pl.errors import InputError
-from isanet_pl.explain import less_memory
+from isanet_pl.explain import explain, less_memory
 from isanet_pl.hardware import num_cores
 from isanet_pl.models import ISANet
 
@@ -886,3 +886,25 @@ def test_each_of_two_processes_ends_with_one_message_and_exit_code_2(place):
     assert len(messages) == 2
     for word in ("more than 1%", RESTORE):
         assert any(word in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        (
+            "The current optimizer, AdamW, does not allow for gradient clipping because it "
+            "performs unscaling of gradients internally.",
+            "--trainer.gradient_clip_val does not go together",
+        ),
+        (
+            "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but "
+            "you set 'torch.use_deterministic_algorithms(True)'.",
+            "--trainer.deterministic true",
+        ),
+    ],
+)
+def test_options_that_only_a_gpu_refuses_are_named(said, option):
+    told = explain(RuntimeError(said))
+    assert told is not None
+    assert option in str(told)
+    assert said in str(told)

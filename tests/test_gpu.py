@@ -119,6 +119,24 @@ def test_pooled_maps_keep_their_gradient_in_mixed_precision(edge, dtype):
     assert torch.allclose(*found, rtol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"recompute": False}, {"form": "reduced"}])
+def test_gradients_of_mixed_precision_are_close(options, dtype):
+    # The direct form enlarges 512 channels: summed in 16 bits, the gradient would be 2 % off there.
+    network = make_network(dropout=0.0, **options).to(DEVICE).train()
+    image = torch.randn(4, 3, 64, 64, device=DEVICE)
+    target = torch.randint(0, 3, (4, 64, 64), device=DEVICE)
+    found = []
+    for enabled in (False, True):
+        copied = copy.deepcopy(network)
+        with torch.autocast(DEVICE, dtype, enabled=enabled):
+            logits = copied(image)["out"]
+        (128 * torch.nn.functional.cross_entropy(logits.float(), target)).backward()
+        found.append(torch.cat([p.grad.flatten() for p in copied.context.parameters()]))
+    similarity = torch.nn.functional.cosine_similarity(*found, dim=0)
+    assert float(similarity) > 0.99
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_the_folded_network_computes_the_same(dtype):
     network = make_network().to(DEVICE).eval()
@@ -184,7 +202,8 @@ def test_a_run_trains_and_is_evaluated_on_a_gpu(precision, tmp_path):
         tmp_path, "--trainer.precision", precision, "--ckpt_path", checkpoint, command="validate"
     )
     score = float(cli.trainer.callback_metrics["val/miou"])
-    assert score == pytest.approx(result["scores"]["miou"], abs=0.01)
+    tolerance = 0.01 if precision == "32-true" else 0.03  # folding rounds otherwise
+    assert score == pytest.approx(result["scores"]["miou"], abs=tolerance)
     mask = ISANet.from_checkpoint(checkpoint).to(DEVICE).predict(noise(50, 70))
     assert (mask.shape, mask.device.type) == ((50, 70), "cpu")
 

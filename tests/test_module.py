@@ -394,6 +394,19 @@ def test_an_overflow_of_16_mixed_is_left_to_its_scaler(monkeypatch):
         module.on_before_optimizer_step(None)
 
 
+def test_overflows_of_16_mixed_in_every_step_end_the_run(monkeypatch):
+    module = make_module()
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    module.trainer = SimpleNamespace(precision="16-mixed", global_step=3)
+    weight = module.network.classifier.weight
+    for value, steps in ((torch.nan, 50), (1.0, 1), (torch.inf, 50)):
+        weight.grad = torch.full_like(weight, value)
+        for _ in range(steps):
+            module.on_before_optimizer_step(None)
+    with pytest.raises(InputError, match=r"classifier\.weight.*step number 51 in a row"):
+        module.on_before_optimizer_step(None)
+
+
 def test_the_norm_is_that_of_the_gradient_where_a_fused_step_unscales_it(monkeypatch):
     module, logged = make_module(), {}
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))

@@ -279,10 +279,11 @@ class ISANet(nn.Module):
         if self.classify_before_upsampling:
             logits = resize_logits(self.classifier(features), size, self.align_corners)
         else:
-            features = F.interpolate(
-                features, size, mode="bilinear", align_corners=self.align_corners
-            )
-            logits = self.classifier(features)
+            # GPUs sum the gradient of each position in the input's type: 16 bits would lose some.
+            dtype = features.dtype
+            wide = features.float() if features.is_cuda and features.requires_grad else features
+            wide = F.interpolate(wide, size, mode="bilinear", align_corners=self.align_corners)
+            logits = self.classifier(wide.to(dtype))
         outputs = {"out": logits}
         if self.training and self.aux_head is not None:
             outputs["aux"] = resize_logits(self.aux_head(before), size, self.align_corners)
