@@ -9,8 +9,10 @@ Exit codes: 0, files that could not be read are listed; 2 for a wrong command li
 
 import argparse
 import io
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from reporting.figures import (
     picture,
     shorten,
 )
+from reporting.headline import headline
 from reporting.page import (
     Block,
     Code,
@@ -41,15 +44,15 @@ from reporting.page import (
 )
 from reporting.resumed_runs import join_resumed
 from reporting.run_folders import Run, read_confusion, read_runs
-from reporting.settings import Comparison, Setting, compare
-from reporting.tables import class_table, run_table, summary_table, unfinished_table
+from reporting.settings import Comparison, Setting, compare, statistic
+from reporting.tables import class_table, run_table, spread, summary_table, unfinished_table
 
 from isanet_pl.errors import InputError
 from isanet_pl.pictures import draw_confusion
 
 NOTE = (
     "Scores in percent: mean ± sample standard deviation (n - 1) over n runs with different seeds; "
-    "a single run has no spread. Differences are in points, between means, from the base."
+    "a single run has no spread. Differences are in points, between means, from the reference."
 )
 LAST = (
     "A training counts with its last validation. The best one (best val) was chosen on the split "
@@ -57,24 +60,37 @@ LAST = (
 )
 
 
-def build_page(title: str, paths: Sequence[Path], base: str | None) -> Page:
+def build_page(
+    title: str, paths: Sequence[Path], base: str | None, names: Mapping[str, str] | None = None
+) -> Page:
     """Returns the report of the runs in some folders.
 
     Args:
         title: Of the page.
         paths: Run folders, or folders above them.
-        base: Label of the setting that others are compared with; None: each time the best.
+        base: Label of the setting that others are compared with; None: that of a grid, or each time
+            the best.
+        names: What to call settings, by their labels.
 
     Raises:
         InputError: There are no runs, or no such setting.
     """
     problems: list[str] = []
+    names = names or {}
     runs = join_resumed(read_runs(paths, problems))
     comparisons = compare(runs, problems)
-    labels = [setting.label for c in comparisons for setting in c.settings]
-    if base is not None and base not in labels:
-        raise InputError(f"no setting is called {base!r}; --base takes one of {labels}")
-    sections = [s for c in comparisons for s in describe(c, base, problems)]
+    labels = list(dict.fromkeys(setting.label for c in comparisons for setting in c.settings))
+    for option, given in (("--base", [base] if base is not None else []), ("--names", names)):
+        unknown = [label for label in given if label not in labels]
+        if unknown:
+            raise InputError(f"no setting is called {unknown[0]!r}; {option} takes {labels}")
+    references = [c.reference(base) for c in comparisons]
+    comparisons = [rename(comparison, names) for comparison in comparisons]
+    sections = [
+        section
+        for comparison, reference in zip(comparisons, references, strict=True)
+        for section in describe(comparison, reference.number, problems)
+    ]
     unfinished = [run for run in runs if run.result is None]
     if unfinished:
         text = Text("Stopped, failed, or still running: they have no results.json.")
@@ -83,11 +99,16 @@ def build_page(title: str, paths: Sequence[Path], base: str | None) -> Page:
         sections.append(Section("Left out", 2, [Points(problems)]))
     done = [run for run in runs if run.result]
     if done:
-        sections.append(Section("Runs", 2, [run_table(comparisons)]))
-        sections.append(
-            Section("Commands", 2, [Code([r.result.command for r in done if r.result])])
-        )
+        commands = Code([run.result.command for run in done if run.result])
+        sections.append(Section("Runs", 2, [run_table(comparisons)], folded=True))
+        sections.append(Section("Commands", 2, [commands], folded=True))
     return Page(title, [head(runs), Text(NOTE), Text(LAST)], sections)
+
+
+def rename(comparison: Comparison, names: Mapping[str, str]) -> Comparison:
+    """Returns a comparison with other names for some settings."""
+    settings = [replace(s, label=names.get(s.label, s.label)) for s in comparison.settings]
+    return replace(comparison, settings=tuple(settings))
 
 
 def head(runs: Sequence[Run]) -> Points:
@@ -106,16 +127,22 @@ def head(runs: Sequence[Run]) -> Points:
     return Points(lines)
 
 
-def describe(comparison: Comparison, base: str | None, problems: list[str]) -> list[Section]:
-    """Returns the sections of a comparison; what its runs lack is left out, and said."""
+def describe(comparison: Comparison, number: int, problems: list[str]) -> list[Section]:
+    """Returns the sections of a comparison; what its runs lack is left out, and said.
+
+    Args:
+        comparison: The settings.
+        number: Of the one that others are compared with.
+        problems: Gets a line for every file that could not be read.
+    """
     settings, best = comparison.settings, comparison.settings[0]
-    reference = next((s for s in settings if s.label == base), best)
+    reference = next(setting for setting in settings if setting.number == number)
     prefix = slug(comparison.title)
 
     def draw(kind: str, alt: str, figure: Callable[[], Figure]) -> Picture:
         return picture(f"{prefix}-{kind}", alt, figure)
 
-    scores: list[Block] = [summary_table(comparison, reference)]
+    scores: list[Block] = [headline(comparison, reference), summary_table(comparison, reference)]
     if len(settings) > 1:
         scores.append(draw("scores", "mIoU of each setting", lambda: draw_scores(comparison)))
     sections = [Section(comparison.title, 2, scores)]
@@ -194,7 +221,12 @@ def panels(comparison: Comparison, prefix: str, problems: list[str]) -> list[Blo
             problems.append(f"{path} is left out: {error}")
             missing.append(setting.label)
             continue
-        alt = f"{setting.label}, seed {seed}, {path.stem}"
+        steps = re.search(r"step=(\d+)", path.stem)
+        after = f", after {int(steps[1])} steps" if steps else ""
+        result = setting.runs[seed].result
+        assert result is not None
+        score = spread(statistic([result.scores["miou"]])).text
+        alt = f"{setting.label}, seed {seed}{after}: {score} mIoU"
         pictures.append(
             Picture(f"{prefix}-panel-{number}", alt, png, smaller.getvalue(), "image/webp")
         )
@@ -230,10 +262,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("runs", nargs="+", type=Path, metavar="RUNS", help="run folders, or folders above them")
     add("--output", type=Path, required=True, help="folder for report.html, report.md and pictures")
     add("--title", default="Segmentation runs", help="heading of the report")
-    add("--base", help="label of the setting that others are compared with; else it is the best")
+    add(
+        "--base",
+        help="label of the setting that others are compared with; else a grid's base, or the best",
+    )
+    add(
+        "--names", nargs="+", default=[], metavar="LABEL=NAME",
+        help="what to call settings, as base=ISA context_none='no context'",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
     try:
-        page = build_page(args.title, args.runs, args.base)
+        if not all("=" in pair for pair in args.names):
+            raise InputError(f"--names takes LABEL=NAME, got {' '.join(args.names)}")
+        names = dict(pair.split("=", 1) for pair in args.names)
+        page = build_page(args.title, args.runs, args.base, names)
         write(page, args.output)
     except InputError as error:
         print(f"report: error: {error}", file=sys.stderr)

@@ -134,7 +134,7 @@ def block(name: str, comparisons: Sequence[Comparison]) -> str:
     """
     parts = []
     for comparison in comparisons:
-        table = summary_table(comparison, comparison.settings[0])
+        table = summary_table(comparison, comparison.reference())
         parts += [f"**{escape_markdown(comparison.title)}**", table_as_markdown(table)]
         if len(comparison.settings) > 1:
             file = _picture_name(name, comparison)
@@ -153,7 +153,7 @@ def block(name: str, comparisons: Sequence[Comparison]) -> str:
 def summary(comparisons: Sequence[Comparison]) -> str:
     """Returns the last table of some stored results as Markdown, with fewer columns."""
     comparison = comparisons[-1]
-    table = summary_table(comparison, comparison.settings[0])
+    table = summary_table(comparison, comparison.reference())
     wanted = ("setting", "n", f"{comparison.split} mIoU", "M params", "GMACs", "time")
     kept = [i for i, name in enumerate(table.head) if name in wanted]
     rows = [[row[i] for i in kept] for row in table.rows]

@@ -201,6 +201,45 @@ def test_a_base_is_compared_with(grid, tmp_path, capsys):
     assert "no setting is called 'nothing'" in capsys.readouterr().err
 
 
+def test_a_grid_is_compared_with_its_base_and_named(tmp_path, capsys):
+    for cell, mious in (("base", (0.5, 0.52)), ("context_none", (0.53, 0.57))):
+        for seed, miou in enumerate(mious):
+            folder = tmp_path / "grid" / cell / f"seed{seed}" / "version_0"
+            config = {} if cell == "base" else context("none")
+            write_run(folder, miou, seed, config=config)
+    names = ("--names", "base=ISA", "context_none=no context")
+    assert report(tmp_path / "grid", "--output", tmp_path / "out", *names) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert rows(text, "ISA")[0][3] == "reference"
+    assert rows(text, "no context")[0][3] == "+4.00"
+    assert "context_none" not in text.split("## Runs")[0].replace("=context_none", "")
+    assert [line for line in text.splitlines() if line.startswith("- **")] == [
+        "- **55.00 ± 2.83** val mIoU of no context, the best of 2 settings",
+        "- **4.00 points** ahead of ISA, 1.3 times their spread over seeds",
+        "- **4 runs** in 6 min altogether",
+    ]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<dt>val mIoU of no context, the best of 2 settings</dt><dd>55.00 ± 2.83</dd>" in page
+    assert page.count("<details>") == page.count("</details>") == 2
+    for wrong in (("nothing=x",), ("base",)):
+        assert report(tmp_path / "grid", "--output", tmp_path / "out", "--names", *wrong) == 2
+        assert wrong[0].split("=")[0] in capsys.readouterr().err
+
+
+def test_the_headline_says_what_it_can(tmp_path):
+    from reporting.headline import headline
+
+    cheap = write_run(tmp_path / "none" / "version_0", 0.595, config=context("none"))
+    write_run(tmp_path / "isa" / "version_0", 0.6)
+    record = json.loads((cheap / "results.json").read_text())
+    (cheap / "results.json").write_text(json.dumps(record | {"gmacs": 3.0, "seconds": None}))
+    [comparison], _ = compared(tmp_path)
+    facts = dict(headline(comparison, comparison.reference()).items)
+    assert facts["0.50 points"].endswith("of one seed: by chance, for all that is known")
+    assert facts["3.00 GMACs"] == "an image: network.context=none, the least within a point"
+    assert facts["2 runs"] == "in ≥ 2 min altogether"
+
+
 def test_only_seeds_names_and_places_are_no_difference(tmp_path):
     write_run(tmp_path / "a" / "version_0", 0.5, 0)
     same = {"data.init_args.root": "/else/where/camvid", "runs_dir": "x", "new_option": None}

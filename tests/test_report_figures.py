@@ -1,7 +1,6 @@
 """What the report's pictures show, read from their axes."""
 
 import pytest
-from matplotlib.colors import to_rgba
 from test_report import compared, context, write_run
 
 pytestmark = pytest.mark.usefixtures("scripts_on_path")
@@ -59,11 +58,40 @@ def test_classes_have_a_bar_for_each_setting(comparison):
     assert isa != none
     [legend] = figure.legends
     named = {
-        text.get_text(): line.get_color()
-        for text, line in zip(legend.texts, legend.legend_handles, strict=True)
+        text.get_text(): bar.get_facecolor()
+        for text, bar in zip(legend.texts, legend.legend_handles, strict=True)
     }
-    assert to_rgba(named["network.context=isa"]) == isa
-    assert to_rgba(named["network.context=none"]) == none
+    assert named == {"network.context=isa": isa, "network.context=none": none}
+
+
+def test_settings_of_one_colour_have_other_bars(tmp_path):
+    from reporting.figures import COLOURS, draw_classes
+
+    for number in range(len(COLOURS)):
+        config = {"model.optimizer.lr": number + 1}
+        write_run(tmp_path / f"fit{number}" / "version_0", number / 10, config=config)
+        config["model.optimizer.lr"] += 1
+        write_run(tmp_path / f"test{number}" / "version_0", 0.5, command="test", config=config)
+    comparisons, _ = compared(tmp_path)
+    assert max(s.number for c in comparisons for s in c.settings) == len(COLOURS)
+    looks = {
+        (bar.get_facecolor(), bar.get_hatch())
+        for c in comparisons
+        for bar in draw_classes(c).axes[0].patches
+    }
+    assert len(looks) == len(COLOURS) + 1
+
+
+def test_small_differences_of_single_runs_look_like_that(tmp_path):
+    from reporting.figures import draw_scores
+
+    for name, miou in (("isa", 0.601), ("none", 0.600)):
+        write_run(tmp_path / name / "version_0", miou, config=context(name))
+    [comparison], _ = compared(tmp_path)
+    [axes] = draw_scores(comparison).axes
+    low, high = axes.get_xlim()
+    assert high - low == pytest.approx(3)
+    assert {c[0].get_markerfacecolor() for c in axes.containers} == {"none"}
 
 
 def test_of_many_classes_those_that_differ_most_are_drawn(comparison, monkeypatch):
@@ -80,10 +108,10 @@ def test_curves_are_those_of_their_panels(comparison):
     # Seeds thin, their mean thick where both have a point; then the setting of one seed.
     drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in score.lines]
     assert drawn == [
-        ([10, 20], [0.1, 0.2]),
-        ([20], [0.2]),
-        ([20], [0.2]),
-        ([10, 20], [0.1, 0.2]),
+        ([10, 20], [10, 20]),
+        ([20], [20]),
+        ([20], [20]),
+        ([10, 20], [10, 20]),
     ]
     widths = [line.get_linewidth() for line in score.lines]
     assert widths[0] == widths[1] < widths[2] == widths[3]

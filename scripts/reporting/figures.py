@@ -9,9 +9,11 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from isanet_pl.pictures import unhidden
@@ -20,9 +22,12 @@ from reporting.run_folders import Curve
 from reporting.settings import Comparison, Setting, Statistic
 
 # Okabe and Ito's colours without yellow and black, which one of the two backgrounds swallows.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
 LINES = ("-", "--", ":", "-.")
+HATCHES = ("", "////", "....", "xxxx")
+LEAST_SPAN = 3.0
+"""Points of mIoU that an axis shows at least: smaller differences shall look small."""
 OTHERS = "#999999"
 INK = "#3b444d"
 SHOWN = len(COLOURS)
@@ -83,15 +88,27 @@ def _looks(settings: Sequence[Setting]) -> list[dict[str, Any]]:
     """
     rest = [{"color": OTHERS, "marker": "."}] * len(settings[SHOWN:])
     looks = [*map(_look, settings[:SHOWN]), *rest]
-    return [{**look, "linestyle": "none", "markersize": 8, "capsize": 4} for look in looks]
+    point = {"linestyle": "none", "markersize": 8, "capsize": 4}
+    # Hollow: of a single run, of whose spread nothing is known.
+    fills = [{"markerfacecolor": "none"} if len(s.runs) == 1 else {} for s in settings]
+    return [{**look, **point, **fill} for look, fill in zip(looks, fills, strict=True)]
 
 
 def _percent(value: Statistic) -> tuple[float, float | None]:
     return 100 * value.mean, None if value.std is None else 100 * value.std
 
 
-def _legend(figure: Figure, settings: Sequence[Setting]) -> None:
-    handles = [Line2D([], [], linewidth=2, **_look(setting)) for setting in settings]
+def _bar(setting: Setting) -> dict[str, Any]:
+    """Returns the look of a setting's bars: hatched where its colour is that of another one."""
+    hatch = HATCHES[setting.number // len(COLOURS) % len(HATCHES)]
+    return {"facecolor": _look(setting)["color"], "edgecolor": "white", "hatch": hatch}
+
+
+def _legend(figure: Figure, settings: Sequence[Setting], bars: bool = False) -> None:
+    handles: list[Artist] = [
+        Patch(**_bar(setting)) if bars else Line2D([], [], linewidth=2, **_look(setting))
+        for setting in settings
+    ]
     labels = [shorten(setting.label) for setting in settings]
     longest = max(len(line) for label in labels for line in label.split("\n"))
     columns = min(len(labels), 3, max(1, 100 // (longest + 8)))
@@ -114,6 +131,9 @@ def draw_scores(comparison: Comparison) -> Figure:
         )
     axes.set_yticks(range(len(settings)), [shorten(setting.label) for setting in settings])
     axes.set_ylim(len(settings) - 0.5, -0.8)
+    low, high = axes.get_xlim()
+    wider = max(0.0, LEAST_SPAN - (high - low)) / 2
+    axes.set_xlim(low - wider, high + wider)
     axes.set_xlabel(f"{comparison.split} mIoU, %")
     axes.grid(axis="x")
     return figure
@@ -133,8 +153,7 @@ def draw_classes(comparison: Comparison) -> Figure:
             score = setting.score(f"iou/{name}")
             if score is not None:
                 mean, std = _percent(score)
-                colour = _look(setting)["color"]
-                axes.barh(row + place, mean, 0.9 * thickness, color=colour)
+                axes.barh(row + place, mean, 0.9 * thickness, linewidth=0, **_bar(setting))
                 axes.errorbar(
                     mean, row + place, xerr=std, ecolor=INK, elinewidth=1, capsize=2, zorder=3
                 )
@@ -143,7 +162,7 @@ def draw_classes(comparison: Comparison) -> Figure:
     axes.set_xlim(0, 100)
     axes.set_xlabel(f"{comparison.split} IoU, %")
     axes.grid(axis="x")
-    _legend(figure, settings)
+    _legend(figure, settings, bars=True)
     return figure
 
 
@@ -182,14 +201,15 @@ def draw_curves(comparison: Comparison) -> Figure:
     score, loss, rate = figure.subplots(1, 3)
     for setting in settings:
         look = _look(setting)
-        _draw_curves(score, setting.curves("val/miou"), look)
+        scores = [{s: 100 * v for s, v in c.items()} for c in setting.curves("val/miou")]
+        _draw_curves(score, scores, look)
         _draw_curves(loss, [smooth(c) for c in setting.curves("train/loss")], look)
         for name, line in RATES.items():
             for curve in setting.curves(name)[:1]:  # it follows from the config, not the seed
                 _plot(rate, curve, linestyle=line, color=look["color"])
     rates = [name for name in RATES if any(setting.curves(name) for setting in settings)]
     rate.legend([Line2D([], [], linestyle=RATES[name], color=INK) for name in rates], rates)
-    titles = ("val mIoU", "training loss, smoothed", "learning rate")
+    titles = ("val mIoU, %", "training loss, smoothed", "learning rate")
     for axes, title in zip((score, loss, rate), titles, strict=True):
         axes.set_title(title)
         axes.set_xlabel("optimiser steps")
@@ -223,16 +243,16 @@ def draw_cost(comparison: Comparison) -> Figure:
     }
     known = {name: values for name, values in costs.items() if any(values)}
     figure = Figure(figsize=(4.2 * max(1, len(known)), 3.8), layout="constrained")
-    for column, (name, values) in enumerate(known.items()):
-        axes = figure.add_subplot(1, len(known), column + 1)
+    row = figure.subplots(1, max(1, len(known)), sharey=True, squeeze=False)[0]
+    for axes, (name, values) in zip(row, known.items(), strict=False):
         for setting, look, value in zip(settings, _looks(settings), values, strict=True):
             if value:
                 mean, std = _percent(setting.miou)
                 axes.errorbar(value, mean, yerr=std, **look)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(name)
-        axes.set_ylabel(f"{comparison.split} mIoU, %")
         axes.margins(0.15)
         axes.grid()
+    row[0].set_ylabel(f"{comparison.split} mIoU, %")
     _legend(figure, settings[:SHOWN])
     return figure

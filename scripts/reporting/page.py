@@ -26,6 +26,13 @@ class Points:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """Figures to be seen first, each with what it is."""
+
+    items: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
 class Code:
     """Lines for a terminal."""
 
@@ -81,16 +88,17 @@ class Gallery:
     pictures: Sequence[Picture]
 
 
-Block = Text | Points | Code | Table | Picture | Gallery
+Block = Text | Points | Facts | Code | Table | Picture | Gallery
 
 
 @dataclass(frozen=True)
 class Section:
-    """Blocks under a heading; `level` is 2 or 3."""
+    """Blocks under a heading; `level` is 2 or 3. In HTML, folded ones open at a click."""
 
     title: str
     level: int
     blocks: Sequence[Block]
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,8 @@ def _block_as_markdown(block: Block) -> str:
             return escape_markdown(text)
         case Points(items):
             return "\n".join(f"- {escape_markdown(item)}" for item in items)
+        case Facts(items):
+            return "\n".join(f"- **{escape_markdown(a)}** {escape_markdown(b)}" for a, b in items)
         case Code(lines):
             return code_as_markdown(lines)
         case Table():
@@ -169,7 +179,11 @@ def as_html(page: Page) -> str:
         if section.level == 2:
             links.append(f'<a href="#s{number}">{title}</a>')
         body.append(f'<h{section.level} id="s{number}">{title}</h{section.level}>')
+        if section.folded:
+            body.append("<details><summary>Show</summary>")
         body += map(_block_as_html, section.blocks)
+        if section.folded:
+            body.append("</details>")
     body.insert(1, f"<nav>{' '.join(links)}</nav>")
     template = Template(TEMPLATE.read_text("utf-8"))
     return template.substitute(title=html.escape(page.title), body="\n".join(body))
@@ -181,6 +195,12 @@ def _block_as_html(block: Block) -> str:
             return f"<p>{html.escape(text)}</p>"
         case Points(items):
             return f"<ul>{''.join(f'<li>{html.escape(item)}</li>' for item in items)}</ul>"
+        case Facts(items):
+            shown = (
+                f"<div><dt>{html.escape(what)}</dt><dd>{html.escape(figure)}</dd></div>"
+                for figure, what in items
+            )
+            return f'<dl class="facts">{"".join(shown)}</dl>'
         case Code(lines):
             return f"<pre><code>{html.escape(chr(10).join(lines))}</code></pre>"
         case Table():

@@ -22,6 +22,8 @@ from reporting.resumed_runs import is_of, owner
 from reporting.run_folders import Curve, Run, natural
 
 COMMANDS = ("fit", "validate", "test")
+BASE = "base"
+"""What a grid calls the setting without an overlay."""
 
 Key = tuple[str, str, str, tuple[str, ...], str]
 """What the runs of a comparison have in common: command, data set, split, classes and, of a folder
@@ -112,6 +114,16 @@ class Comparison:
     split: str
     classes: tuple[str, ...]
     settings: tuple[Setting, ...]
+
+    def reference(self, *labels: str | None) -> Setting:
+        """Returns the setting that others are compared with.
+
+        Args:
+            labels: That of the first label that one has; else the base of a grid, else the best.
+        """
+        known = {setting.label: setting for setting in self.settings}
+        found = (known[label] for label in (*labels, BASE) if label in known)
+        return next(found, self.settings[0])
 
 
 @dataclass
