@@ -93,6 +93,7 @@ def test_the_grid_names_every_overlay_that_changes_its_base():
 
 @pytest.mark.parametrize("overlay", SETTINGS)
 def test_run_of_the_grid_takes_a_step(overlay, as_agent, tmp_path):
+    """One seed stands for the three: their commands differ in that number alone."""
     arguments = as_agent(GRID, {"config": overlay, "seed_everything": 2})
     root = make_camvid(tmp_path / "data", size=(40, 48))
     small = (*SMALL, f"--data.root={root}", "--data.crop_size=[40, 48]")
@@ -111,9 +112,11 @@ def test_every_corner_of_the_bayesian_search_parses(as_agent):
             assert config[f".{key}"] == expected
 
 
-@pytest.mark.parametrize("end", [0, -1])
-def test_corner_of_the_bayesian_search_takes_a_step(end, as_agent, tmp_path):
-    arguments = as_agent(BAYES, combinations(BAYES)[end])
+@pytest.mark.parametrize("number", range(9))
+def test_run_of_the_bayesian_search_takes_a_step(number, as_agent, tmp_path):
+    """Every crop with every window, at the ends of both rates in turn."""
+    values = combinations(BAYES)[9 * (number % 4) + number]
+    arguments = as_agent(BAYES, values)
     root = make_camvid(tmp_path / "data", size=(72, 96))
     cli = main([*arguments, *SMALL, f"--data.root={root}"])
     assert cli.trainer.global_step == 1

@@ -200,6 +200,12 @@ def test_resumed_fit_continues_the_same_run(folder, home, run):
     assert torch.load(again / "checkpoints" / "last.ckpt", weights_only=True)[RUN_ID] == (
         run.run.run_id
     )
+    # As a grid does: in the same folder, by the run's name.
+    options = ("--resume", "true", "--trainer.max_steps", "8")
+    fit(folder.parents[2], home, "--wandb", "auto", *options)
+    parts = [RunFile(path) for path in again.glob("wandb/offline-run-*/run-*.wandb")]
+    assert {part.run.run_id for part in parts} == {run.run.run_id}
+    assert sorted(step for part in parts for step in part.values("val/miou")) == [6, 8]
 
 
 def test_a_checkpoint_without_a_wandb_run_starts_one(tmp_path):
