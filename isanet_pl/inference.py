@@ -145,7 +145,9 @@ class Inference:
         # A probability that rounds to zero must not become an infinite loss.
         return total.div_(len(views)).clamp_(min=1e-12).log_()
 
-    def count_gmacs(self, network: nn.Module, height: int, width: int) -> float:
+    def count_gmacs(
+        self, network: nn.Module, height: int, width: int, part: str | None = None
+    ) -> float:
         """Returns the arithmetic of one image, in billions of multiply-adds.
 
         Convs and matrix products count, those of the attention too, as in the papers; every view
@@ -155,12 +157,15 @@ class Inference:
             network: An ISANet.
             height: Of the image, in pixels.
             width: Of the image, in pixels.
+            part: Count this part of it alone, such as `context`.
         """
         shapes: Any = copy.deepcopy(network).to("meta").eval()
         image = torch.empty(1, 3, height, width, dtype=torch.uint8, device="meta")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self(shapes, image)
-        return float(counter.get_total_flops() / 2e9)
+        counts = counter.get_flop_counts()
+        name = "Global" if part is None else f"{type(shapes).__name__}.{part}"
+        return float(sum(counts[name].values()) / 2e9)
 
     def multiple_for(self, network: Network) -> int:
         """Returns what the sides of an image, or a window, are padded to a multiple of."""

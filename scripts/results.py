@@ -154,7 +154,15 @@ def summary(comparisons: Sequence[Comparison]) -> str:
     """Returns the last table of some stored results as Markdown, with fewer columns."""
     comparison = comparisons[-1]
     table = summary_table(comparison, comparison.reference())
-    wanted = ("setting", "n", f"{comparison.split} mIoU", "M params", "GMACs", "time")
+    wanted = (
+        "setting",
+        "n",
+        f"{comparison.split} mIoU",
+        "M params",
+        "GMACs",
+        "context GMACs",
+        "time",
+    )
     kept = [i for i, name in enumerate(table.head) if name in wanted]
     rows = [[row[i] for i in kept] for row in table.rows]
     return table_as_markdown(Table([table.head[i] for i in kept], rows))

@@ -296,6 +296,15 @@ def test_arithmetic_is_counted_for_every_context_without_the_auxiliary_head():
     assert gmacs(context="dense_sdpa") == pytest.approx(gmacs(context="dense"))
 
 
+def test_the_context_module_is_counted_alone():
+    network = ISANet(5, "resnet18", key_channels=8, value_channels=8, out_channels=16)
+    views = Inference(scales=(1, 2))
+    found = views.count_gmacs(network, 64, 64, "context")
+    parts = [gmacs_of_parts(network, edge, edge)["context"] for edge in (64, 128)]
+    assert found == pytest.approx(sum(parts))
+    assert found < views.count_gmacs(network, 64, 64)
+
+
 def test_arithmetic_is_that_of_all_views_and_windows():
     once = gmacs(context="none")
     assert gmacs(Inference(flip=True), context="none") == pytest.approx(2 * once)

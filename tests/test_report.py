@@ -52,7 +52,7 @@ def write_run(
     line = f"isanet-pl {command} {options}".strip()
     record = {"command": line, "stage": stage, "step": 20, "seconds": 90}
     record |= {"machine": "a machine", "torch": "2.8", "git": "abc", "parameters": 2_500_000}
-    record |= {"gmacs": 4.25, "image_size": [4, 8]}
+    record |= {"gmacs": 4.25, "context_gmacs": 0.5, "image_size": [4, 8]}
     classes = {f"iou/{name}": value for name, value in (scores or CLASSES).items()}
     record["scores"] = {"miou": miou, "macc": 0.5, "aacc": 0.75, **classes}
     (folder / "results.json").write_text(json.dumps(record))
@@ -180,6 +180,7 @@ def test_the_tables_hold_the_numbers_of_the_runs(grid, tmp_path):
         "aAcc": "75.00 ± 0.00",
         "M params": "2.50",
         "GMACs": "4.25",
+        "context GMACs": "0.50",
         "time": "2 min",
         "images/s": "15.0",
     }

@@ -122,12 +122,12 @@ def test_curves_are_those_of_their_panels(comparison):
 def test_cost_stands_against_the_score(comparison):
     from reporting.figures import draw_cost
 
-    parameters, gmacs, time = draw_cost(comparison).axes
+    parameters, gmacs, context, time = draw_cost(comparison).axes
     points = {
         axes.get_xlabel(): [
             (float(c[0].get_xdata()[0]), float(c[0].get_ydata()[0])) for c in axes.containers
         ]
-        for axes in (parameters, gmacs, time)
+        for axes in (parameters, gmacs, context, time)
     }
     assert points["million parameters"] == [(2.5, pytest.approx(60)), (2.5, pytest.approx(30))]
     assert points["GMACs an image"] == [(4.25, pytest.approx(60)), (4.25, pytest.approx(30))]

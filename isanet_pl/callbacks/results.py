@@ -187,6 +187,7 @@ class ResultTable(pl.Callback):
                 "git": self.code,
                 "parameters": sum(p.numel() for p in pl_module.parameters()) or None,
                 "gmacs": self._gmacs(pl_module),
+                "context_gmacs": self._gmacs(pl_module, "context"),
                 "image_size": self.image_size,
                 "scores": {k: None if math.isnan(v) else round(v, 6) for k, v in scores.items()},
             }
@@ -197,12 +198,12 @@ class ResultTable(pl.Callback):
         if folder is not None:
             print(f"written to {folder}")
 
-    def _gmacs(self, pl_module: pl.LightningModule) -> float | None:
+    def _gmacs(self, pl_module: pl.LightningModule, part: str | None = None) -> float | None:
         # An ONNX file cannot be asked; a run that had nothing left to do has seen no image.
         if not isinstance(pl_module.network, ISANet) or self.image_size is None:
             return None
         inference = cast(Inference, pl_module.inference)
-        return round(inference.count_gmacs(pl_module.network, *self.image_size), 3)
+        return round(inference.count_gmacs(pl_module.network, *self.image_size, part), 4)
 
 
 def _scores(trainer: pl.Trainer, stage: str) -> dict[str, float]:

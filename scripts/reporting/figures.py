@@ -239,6 +239,7 @@ def draw_cost(comparison: Comparison) -> Figure:
     costs = {
         "million parameters": [s.parameters and s.parameters / 1e6 for s in settings],
         "GMACs an image": [s.gmacs for s in settings],
+        "GMACs of the context module": [s.context_gmacs for s in settings],
         "training, ms an image": [speed and 1000 / speed for speed in speeds],
     }
     known = {name: values for name, values in costs.items() if any(values)}

@@ -33,6 +33,7 @@ class Result:
     git: str | None = None
     parameters: int | None = None
     gmacs: float | None = None
+    context_gmacs: float | None = None
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,12 @@ class Setting:
         known = (run.result.gmacs for run in self.runs.values() if run.result)
         return next((gmacs for gmacs in known if gmacs), None)
 
+    @property
+    def context_gmacs(self) -> float | None:
+        """Returns those of the context module alone, where runs say so."""
+        known = (run.result.context_gmacs for run in self.runs.values() if run.result)
+        return next((gmacs for gmacs in known if gmacs), None)
+
     def curves(self, name: str) -> list[Curve]:
         """Returns what the runs logged under a name."""
         return [run.curves[name] for run in self.runs.values() if name in run.curves]

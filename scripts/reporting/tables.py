@@ -43,6 +43,7 @@ def summary_table(comparison: Comparison, base: Setting) -> Table:
                 "aAcc": spread(setting.score("aacc")),
                 "M params": number((setting.parameters or 0) / 1e6 or None),
                 "GMACs": number(setting.gmacs),
+                "context GMACs": number(setting.context_gmacs),
                 "time": mean_time(setting.runs.values()),
                 "images/s": number(setting.images_per_s, ".1f"),
                 "differs in": Cell(
