@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal, final, get_args
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from isanet_pl.models.context import (
     PyramidPooling,
     RecurrentCrissCross,
 )
-from isanet_pl.models.layers import SameConv, activation, conv_bn_relu
+from isanet_pl.models.layers import SameConv, activation, conv_bn_relu, upsample
 from isanet_pl.models.weights import load_weights, read_weights, tensors_of
 from isanet_pl.pixels import rgb_pixels
 
@@ -279,11 +278,7 @@ class ISANet(nn.Module):
         if self.classify_before_upsampling:
             logits = resize_logits(self.classifier(features), size, self.align_corners)
         else:
-            # GPUs sum the gradient of each position in the input's type: 16 bits would lose some.
-            dtype = features.dtype
-            wide = features.float() if features.is_cuda and features.requires_grad else features
-            wide = F.interpolate(wide, size, mode="bilinear", align_corners=self.align_corners)
-            logits = self.classifier(wide.to(dtype))
+            logits = self.classifier(upsample(features, size, self.align_corners))
         outputs = {"out": logits}
         if self.training and self.aux_head is not None:
             outputs["aux"] = resize_logits(self.aux_head(before), size, self.align_corners)

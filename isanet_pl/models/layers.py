@@ -156,3 +156,13 @@ def mix(layers: nn.Sequential, parts: Sequence[Tensor]) -> Tensor:
         mixed = mixed.add_(same_conv(part, weight))
     out: Tensor = layers[1:](mixed)
     return out
+
+
+def upsample(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """Returns a map (N, C, h, w) at another size, bilinear, (N, C, H, W) in its own dtype."""
+    dtype = x.dtype
+    if x.is_cuda and x.requires_grad:
+        # GPUs sum the gradient of each position in the input's type: of the hundreds of addends,
+        # 16 bits would lose some.
+        x = x.to(torch.promote_types(dtype, torch.float32))
+    return F.interpolate(x, size, mode="bilinear", align_corners=align_corners).to(dtype)
