@@ -291,7 +291,7 @@ def test_fewer_images_than_devices_are_refused(stage, tmp_path):
     root = make_folder(tmp_path, count=1)
     options = {"class_names": ["sky", "road", "car"], "predict_dir": str(root / "test" / "images")}
     data = SegmentationFolder(root=str(root), batch_size=1, **options)
-    data.trainer = SimpleNamespace(global_rank=0, world_size=2)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=2, limit_val_batches=1.0)
     with fails_naming("1 images, fewer than", "--trainer.devices 1"):
         data.setup(stage)
 

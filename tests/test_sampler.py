@@ -276,7 +276,9 @@ def test_processes_share_one_stream_whatever_their_seeds(five):
     """As with `--seed_everything false`, where each has one of its own."""
     data = make_data(five)
     first = SimpleNamespace(broadcast=lambda seed: 7)
-    data.trainer = SimpleNamespace(global_rank=1, world_size=2, strategy=first)
+    data.trainer = SimpleNamespace(
+        global_rank=1, world_size=2, strategy=first, limit_val_batches=1.0
+    )
     data.setup("fit")
     assert data.state_dict() == {"seed": 7, "draw": 0}
 
@@ -289,7 +291,7 @@ def test_evaluation_has_no_position(five):
 
 def test_too_few_images_for_the_devices_are_refused(five):
     class Trainer:
-        global_rank, world_size = 0, 4
+        global_rank, world_size, limit_val_batches = 0, 4, 1.0
 
     data = SegmentationFolder(str(five), ["road", "car", "tree"], batch_size=2)
     data.trainer = Trainer()
