@@ -145,10 +145,14 @@ class Inference:
         # A probability that rounds to zero must not become an infinite loss.
         return total.div_(len(views)).clamp_(min=1e-12).log_()
 
-    def count_gmacs(
-        self, network: nn.Module, height: int, width: int, part: str | None = None
-    ) -> float:
-        """Returns the arithmetic of one image, in billions of multiply-adds.
+    def count_gmacs(self, network: nn.Module, height: int, width: int) -> float:
+        """Returns the arithmetic of one image, in billions of multiply-adds; see `count_parts`."""
+        return sum(self.count_parts(network, height, width).values())
+
+    def count_parts(self, network: nn.Module, height: int, width: int) -> dict[str, float]:
+        """Returns the arithmetic of one image in each part of a network, such as `context`.
+
+        In billions of multiply-adds.
 
         Convs and matrix products count, those of the attention too, as in the papers; every view
         and window does. Nothing is computed for it. The network is taken as it is, not folded.
@@ -157,15 +161,12 @@ class Inference:
             network: An ISANet.
             height: Of the image, in pixels.
             width: Of the image, in pixels.
-            part: Count this part of it alone, such as `context`.
         """
         shapes: Any = copy.deepcopy(network).to("meta").eval()
         image = torch.empty(1, 3, height, width, dtype=torch.uint8, device="meta")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self(shapes, image)
-        counts = counter.get_flop_counts()
-        name = "Global" if part is None else f"{type(shapes).__name__}.{part}"
-        return float(sum(counts[name].values()) / 2e9)
+        return gmacs_of_children(counter, shapes)
 
     def multiple_for(self, network: Network) -> int:
         """Returns what the sides of an image, or a window, are padded to a multiple of."""
@@ -213,6 +214,15 @@ class Inference:
         for left, right in self.mirrored_classes:
             order[left], order[right] = right, left
         return scores[:, order].flip(-1) if self.mirrored_classes else scores.flip(-1)
+
+
+def gmacs_of_children(counter: FlopCounterMode, network: nn.Module) -> dict[str, float]:
+    """Returns what a counter has seen in each child of a network, in billions of multiply-adds."""
+    counts = counter.get_flop_counts()
+    return {
+        name: sum(counts.get(f"{type(network).__name__}.{name}", {}).values()) / 2e9
+        for name, _ in network.named_children()
+    }
 
 
 def resize_logits(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:

@@ -177,6 +177,7 @@ class ResultTable(pl.Callback):
         folder = None if trainer.fast_dev_run else run_folder(trainer)  # type: ignore[attr-defined]
         if folder is not None:  # first: a run whose table fails has ended all the same
             device = trainer.strategy.root_device  # the module is back on the CPU at a fit's end
+            gmacs = self._gmacs(pl_module)
             record = {
                 "command": shlex.join(["isanet-pl", *sys.argv[1:]]),
                 "stage": stage,
@@ -186,8 +187,8 @@ class ResultTable(pl.Callback):
                 "torch": torch.__version__,
                 "git": self.code,
                 "parameters": sum(p.numel() for p in pl_module.parameters()) or None,
-                "gmacs": self._gmacs(pl_module),
-                "context_gmacs": self._gmacs(pl_module, "context"),
+                "gmacs": round(sum(gmacs.values()), 4) if gmacs else None,
+                "context_gmacs": round(gmacs["context"], 4) if gmacs else None,
                 "image_size": self.image_size,
                 "scores": {k: None if math.isnan(v) else round(v, 6) for k, v in scores.items()},
             }
@@ -198,12 +199,12 @@ class ResultTable(pl.Callback):
         if folder is not None:
             print(f"written to {folder}")
 
-    def _gmacs(self, pl_module: pl.LightningModule, part: str | None = None) -> float | None:
+    def _gmacs(self, pl_module: pl.LightningModule) -> dict[str, float] | None:
         # An ONNX file cannot be asked; a run that had nothing left to do has seen no image.
         if not isinstance(pl_module.network, ISANet) or self.image_size is None:
             return None
         inference = cast(Inference, pl_module.inference)
-        return round(inference.count_gmacs(pl_module.network, *self.image_size, part), 4)
+        return inference.count_parts(pl_module.network, *self.image_size)
 
 
 def _scores(trainer: pl.Trainer, stage: str) -> dict[str, float]:

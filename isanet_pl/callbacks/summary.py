@@ -13,6 +13,7 @@ from rich.table import Table
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
+from isanet_pl.inference import gmacs_of_children
 from isanet_pl.models import ISANet
 
 
@@ -58,11 +59,7 @@ def gmacs_of_parts(network: ISANet, height: int, width: int) -> dict[str, float]
             module.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shapes(torch.empty(1, 3, height, width, device="meta"))
-    counts = counter.get_flop_counts()
-    return {
-        name: sum(counts.get(f"{type(network).__name__}.{name}", {}).values()) / 2e9
-        for name, _ in network.named_children()
-    }
+    return gmacs_of_children(counter, shapes)
 
 
 def _table(network: ISANet, height: int, width: int) -> Table:
