@@ -858,3 +858,63 @@ def test_colours_and_a_translation_do_not_go_together(folder, option):
     (folder / "classes.txt").write_text(WITH_COLOURS)
     with fails_naming("classes.txt", "leave out"):
         SegmentationFolder(root=str(folder), **option)
+
+
+# Splits by lists of names
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """A folder of all images, one of them without a mask, and lists of names."""
+    root = make_folder(tmp_path / "made", splits=("all",), count=5) / "all"
+    (root / "masks" / "scene4.png").unlink()
+    (root / "train.txt").write_text("scene2\n\n  scene0.png\n")
+    (root / "val.txt").write_text("scene3\n")
+    return root
+
+
+def test_lists_say_which_files_are_of_a_split(listed):
+    data = make_data(listed, "fit")
+    names = {split: [image.name for image, _ in data.list_pairs(split)] for split in data._datasets}
+    assert names == {"train": ["scene2.png", "scene0.png"], "val": ["scene3.png"]}
+    (sample,) = data.val_dataloader()
+    assert np.array_equal(sample["mask"][0], make_scene(3, (24, 32), [0, 1, 2, 255])[1])
+
+
+def test_a_listed_name_may_have_a_dot(listed):
+    for part in ("images", "masks"):
+        (listed / part / "scene3.png").rename(listed / part / "a.b c.png")
+    for name in ("a.b c", "a.b c.png"):
+        (listed / "val.txt").write_text(name)
+        assert make_data(listed).list_pairs("val")[0][0].name == "a.b c.png"
+
+
+def test_a_folder_of_the_split_comes_before_a_list(listed):
+    make_folder(listed, splits=("val",), count=2)
+    assert len(make_data(listed).list_pairs("val")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("scene1\nscene7\n", ("1 of 2 names have no file in", "images", "scene7")),
+        ("scene1\nscene4\n", ("1 of 2 names have no file in", "masks", "scene4")),
+        ("scene1\nscene2\nscene1.png", ("more than once", "scene1.png")),
+        (" \n", ("lists nothing",)),
+        (None, ("has no val split", "neither a folder val", "nor val.txt")),
+    ],
+)
+def test_wrong_lists(listed, text, words):
+    path = listed / "val.txt"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+        words = (path, *words)
+    with fails_naming(*words):
+        make_data(listed).list_pairs("val")
+
+
+def test_a_list_of_another_encoding_is_told(listed):
+    (listed / "val.txt").write_bytes("Straße".encode("latin-1"))
+    with fails_naming(listed / "val.txt", "is no UTF-8 text"):
+        make_data(listed).list_pairs("val")

@@ -4,6 +4,7 @@ import contextlib
 import os
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -104,6 +105,36 @@ def pair_by_stem(image_dir: Path, mask_dir: Path) -> list[Pair]:
                 f"{few(alone)}"
             )
     return [(path, masks[stem]) for stem, path in images.items()]
+
+
+def pair_listed(names: Sequence[str], image_dir: Path, mask_dir: Path) -> list[Pair]:
+    """Returns the (image, mask) files of two folders that have the names, in their order.
+
+    Args:
+        names: With their ending or without; files of other names are left alone.
+        image_dir: Folder of the images.
+        mask_dir: Folder of the masks.
+
+    Raises:
+        InputError: A folder is missing or empty, a stem or a name occurs twice, or a name has no
+            file.
+    """
+    columns = []
+    for folder, suffixes in ((image_dir, IMAGE_SUFFIXES), (mask_dir, MASK_SUFFIXES)):
+        files = _by_stem(list_files(folder, suffixes))
+        # As it stands first: a name without ending may have a dot of its own.
+        found = [files.get(name) or files.get(Path(name).stem) for name in names]
+        absent = [name for name, path in zip(names, found, strict=True) if path is None]
+        if absent:
+            raise InputError(
+                f"{len(absent)} of {len(names)} names have no file in {folder}: {few(absent)}"
+            )
+        columns.append([path for path in found if path is not None])
+    pairs = list(zip(*columns, strict=True))
+    twice = [str(image) for (image, _), count in Counter(pairs).items() if count > 1]
+    if twice:
+        raise InputError(f"listed more than once: {few(twice)}")
+    return pairs
 
 
 def _by_stem(files: Sequence[Path]) -> dict[str, Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from isanet_pl.data.datamodule import SegmentationDataModule, Split
-from isanet_pl.data.files import IGNORE, Pair, pair_by_stem
+from isanet_pl.data.files import IGNORE, Pair, pair_by_stem, pair_listed
 from isanet_pl.data.palette import Colour, ColourMasks, default_palette
 from isanet_pl.errors import InputError, few
 
@@ -17,6 +17,9 @@ WITH_COLOUR = re.compile(r"(.*[^\s,])[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3
 
 class SegmentationFolder(SegmentationDataModule):
     """Your own data: `root/{train,val,test}/{images,masks}/NAME.EXT`, paired by name.
+
+    Or all files in `root/{images,masks}`, and in `root/{train,val,test}.txt` the names of each
+    split's, one a line, with their ending or without.
 
     Masks are index images (palette or greyscale PNG): 0..K-1 for the classes, 255 to ignore. Other
     codes are translated by `label_map` or `reduce_zero_label`. Class names come from the argument
@@ -86,9 +89,27 @@ class SegmentationFolder(SegmentationDataModule):
         return [name for name, _ in classes], [colour for _, colour in classes]
 
     def list_pairs(self, split: Split) -> list[Pair]:
-        """Returns the (image, mask) files of a split."""
-        folder = self.root_path / split
-        return pair_by_stem(folder / "images", folder / "masks")
+        """Returns the (image, mask) files of a split, of its folder or else of its list.
+
+        Raises:
+            InputError: There is neither, a file has no partner, or a listed one is missing.
+        """
+        root = self.root_path
+        folder, listed = root / split, root / f"{split}.txt"
+        if folder.exists():
+            return pair_by_stem(folder / "images", folder / "masks")
+        if not listed.is_file():
+            raise InputError(
+                f"{root} has no {split} split: neither a folder {split}, with images and masks in "
+                f"it, nor {listed.name}, a list of those in {root / 'images'} and {root / 'masks'}"
+            )
+        names = read_lines(listed)
+        if not names:
+            raise InputError(f"{listed} lists nothing: write the name of an image in each line")
+        try:
+            return pair_listed(names, root / "images", root / "masks")
+        except InputError as error:
+            raise InputError(f"{listed}: {error}") from error
 
 
 def read_classes(path: Path) -> tuple[list[str], list[Colour]]:
@@ -102,11 +123,7 @@ def read_classes(path: Path) -> tuple[list[str], list[Colour]]:
             f"class names are missing: give --data.class_names '[a, b]' or write {path}, one "
             "name a line in the order of the mask codes"
         )
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no UTF-8 text ({error.reason}): save it as UTF-8") from error
-    lines = [line.strip() for line in lines if line.strip()]
+    lines = read_lines(path)
     found = [WITH_COLOUR.fullmatch(line) for line in lines]
     coloured = [match for match in found if match]
     if not coloured:
@@ -123,3 +140,16 @@ def read_classes(path: Path) -> tuple[list[str], list[Colour]]:
             f"{path}: each colour must stand on one line only, with numbers up to 255: {few(wrong)}"
         )
     return [m[1] for m in coloured], colours
+
+
+def read_lines(path: Path) -> list[str]:
+    """Returns the lines of a text file that are not blank, without the space around them.
+
+    Raises:
+        InputError: It is no UTF-8.
+    """
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text ({error.reason}): save it as UTF-8") from error
+    return [line.strip() for line in lines if line.strip()]
