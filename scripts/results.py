@@ -11,6 +11,7 @@ overview` stands there instead.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from reporting.blocks import find_blocks, write_block
+from reporting.blocks import anchor, find_blocks, find_heading, write_block
 from reporting.figures import draw_scores, picture
-from reporting.overview import MEASURED_ALIKE, overview_table
+from reporting.overview import MEASURED_ALIKE, Place, overview_table
 from reporting.page import Table, code_as_markdown, escape_markdown, slug, table_as_markdown
 from reporting.resumed_runs import join_resumed
 from reporting.run_folders import Result, Run, read_runs
@@ -168,16 +169,22 @@ def summary(comparisons: Sequence[Comparison]) -> str:
     return table_as_markdown(Table([table.head[i] for i in kept], rows))
 
 
-def overview(name: str, comparisons: Sequence[Comparison], published: Path) -> str:
+def overview(
+    name: str,
+    stored: Mapping[str, Sequence[Comparison]],
+    published: Path,
+    places: Mapping[str, Place],
+) -> str:
     """Returns one table of some trainings on a data set as Markdown.
 
     Args:
         name: Of the data set, or of the stored results that are shown alone.
-        comparisons: Of one data set.
+        stored: Comparisons on one data set by the name that they are kept as.
         published: File with the numbers of others by data set; it may be missing.
+        places: Of stored results by name.
     """
     others = yaml.safe_load(published.read_text("utf-8")) if published.is_file() else {}
-    shared, table = overview_table(comparisons, others.get(name, ()))
+    shared, table = overview_table(stored, others.get(name, ()), places)
     text = table_as_markdown(table)
     return f"All with {escape_markdown(', '.join(shared))}:\n\n{text}" if shared else text
 
@@ -190,17 +197,38 @@ def write_readme(path: Path, stored: Mapping[str, Sequence[Comparison]], store: 
     """
     texts = {f"{name} summary": summary(comparisons) for name, comparisons in stored.items()}
     overviews = find_blocks(path, "overview")
-    rest = [c for name, known in stored.items() if name not in overviews for c in known]
+    places = _find_places(path, store / "README.md", stored)
     for name in overviews:
-        about = stored.get(name) or [c for c in rest if c.title.startswith(f"{name} ")]
-        if about:
-            texts[f"{name} overview"] = overview(name, about, store / "published.yaml")
+        about = {name: stored.get(name, [])}
+        if name not in stored:  # then it is a data set's
+            about = {
+                other: [c for c in known if c.title.startswith(f"{name} ")]
+                for other, known in stored.items()
+                if other not in overviews
+            }
+        if any(about.values()):
+            published = store / "published.yaml"
+            texts[f"{name} overview"] = overview(name, about, published, places)
     for kind in ("summary", "overview"):
         for name in find_blocks(path, kind):
             if f"{name} {kind}" not in texts:
                 raise InputError(f"{path} has a block '{name} {kind}', but {store} nothing for it")
             write_block(path, f"{name} {kind}", texts[f"{name} {kind}"])
             print(f"{path}: {name} {kind}")
+
+
+def _find_places(
+    readme: Path, page: Path, stored: Mapping[str, Sequence[Comparison]]
+) -> dict[str, Place]:
+    """Returns the sections of the page that have stored results, as the README leads to them."""
+    places = {}
+    target = os.path.relpath(page, readme.parent)
+    for name, comparisons in stored.items():
+        if heading := find_heading(page, f"{name} results"):
+            # The data set goes without saying.
+            title = heading.removeprefix(f"{comparisons[0].title.split()[0]}, ")
+            places[name] = Place(title, f"{target}#{anchor(heading)}")
+    return places
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -279,6 +279,25 @@ def test_what_all_rows_of_an_overview_share_is_said_once(place):
     assert "All with last_stage=3:\n\n| training |" in (place / "README.md").read_text()
 
 
+def test_a_row_of_the_overview_leads_to_its_section_and_has_its_title(place):
+    page = place / "docs" / "results" / "README.md"
+    page.write_text("# All\n\n## CamVid, larger crops (540x720)\n" + page.read_text())
+    link = "(docs/results/README.md#camvid-larger-crops-540x720)"
+
+    def train(batch_size, miou):
+        write_run(
+            place / "runs" / f"isa{batch_size}" / "version_0", miou,
+            options=f"--config isa.yaml --data.batch_size {batch_size}",
+            config={"data.batch_size": batch_size},
+        )  # fmt: skip
+        return [row["training"] for row in overview_of(place)]
+
+    write_run(place / "runs" / "isa" / "version_0", 0.6, options="--config isa.yaml")
+    assert train(1, 0.5) == [f"[isa]{link}", f"[isa, larger crops (540x720)]{link}"]
+    # Two of one title are told apart by their options.
+    assert train(2, 0.4) == [f"[isa]{link}", *(f"[isa, batch_size={n}]{link}" for n in (1, 2))]
+
+
 def test_results_with_a_table_of_their_own_are_in_no_other(place):
     write_run(place / "runs" / "isa" / "version_0", 0.5, options="--config a")
     write_run(place / "more" / "none" / "version_0", 0.6, options="--config b")
@@ -397,9 +416,8 @@ def test_the_overview_counts_scales_from_that_of_the_training(place):
 
 
 def test_the_tables_of_this_project_are_those_of_its_records(tmp_path):
-    shutil.copytree(ROOT / "docs" / "results", tmp_path / "results")
+    shutil.copytree(ROOT / "docs" / "results", tmp_path / "docs" / "results")
     shutil.copy(ROOT / "README.md", tmp_path)
-    results("--store", tmp_path / "results", "--readme", tmp_path / "README.md")
-    for name in ("README.md", "results/README.md"):
-        kept = ROOT / ("docs" if "/" in name else "") / name
-        assert (tmp_path / name).read_text("utf-8") == kept.read_text("utf-8")
+    results("--store", tmp_path / "docs" / "results", "--readme", tmp_path / "README.md")
+    for name in ("README.md", "docs/results/README.md"):
+        assert (tmp_path / name).read_text("utf-8") == (ROOT / name).read_text("utf-8")

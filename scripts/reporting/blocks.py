@@ -31,6 +31,18 @@ def has_block(path: Path, name: str) -> bool:
     return _begin(name) in path.read_text("utf-8")
 
 
+def find_heading(path: Path, name: str) -> str:
+    """Returns the heading that the block of a name stands under; empty if there is none."""
+    above = path.read_text("utf-8").split(_begin(name), 1)[0]
+    headings: list[str] = re.findall(r"^##+ (.+)$", above, re.MULTILINE)
+    return headings[-1] if headings else ""
+
+
+def anchor(heading: str) -> str:
+    """Returns what leads to a heading of a page on GitHub, behind the #."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
 def _begin(name: str) -> str:
     """Returns the mark before a block."""
     return f"<!-- {name}: written by a script -->"

@@ -31,11 +31,25 @@ MEASURED_ALIKE = ("model.inference.pad_multiple", "data.base_size", "data.label_
 """What an evaluation must have in common with the training's own for a score to have a column."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where stored results are told of.
+
+    Args:
+        title: What a row may call them.
+        link: Where they stand.
+    """
+
+    title: str
+    link: str
+
+
 @dataclass
 class Training:
     """One training and what its last checkpoint reached.
 
     Args:
+        kept_as: Name of the stored results that have it.
         configs: Their names.
         changes: Options that change what the configs say, and the training that it started from.
         run: With the result at the end of the training.
@@ -44,6 +58,7 @@ class Training:
         step: Of the weights that were measured.
     """
 
+    kept_as: str
     configs: str
     changes: tuple[str, ...]
     run: Run
@@ -81,29 +96,30 @@ def _measured_alike(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if starts(k, MEASURED_ALIKE) and v not in (None, False)}
 
 
-def find_trainings(comparisons: Sequence[Comparison]) -> list[Training]:
+def find_trainings(stored: Mapping[str, Sequence[Comparison]]) -> list[Training]:
     """Returns the trainings with the scores of their last checkpoints, also of evaluations.
 
     Args:
-        comparisons: Of one data set.
+        stored: Comparisons on one data set by the name that they are kept as.
 
     Raises:
         InputError: Two trainings have the same run folder, so that no evaluation tells which it is
             of.
     """
     trainings: dict[Path, Training] = {}
-    for comparison, run, seed in _runs(comparisons, ("fit",)):
-        assert run.result is not None
-        training = Training(*describe(run.result.command, run.folder), run, seed, {})
-        known = trainings.setdefault(run.folder, training)  # several names may keep the same one
-        assert known.run.result is not None
-        if known.run.result != run.result:
-            raise InputError(
-                f"two trainings are kept as {run.folder}: {known.run.result.command}\nand "
-                f"{run.result.command}\nGive one another --name, and add its runs again"
-            )
-        _add(known, comparison.split, run)
-    evaluations = _runs(comparisons, ("validate", "test"))
+    for name, comparisons in stored.items():
+        for comparison, run, seed in _runs(comparisons, ("fit",)):
+            assert run.result is not None
+            training = Training(name, *describe(run.result.command, run.folder), run, seed, {})
+            known = trainings.setdefault(run.folder, training)  # several names may keep it
+            assert known.run.result is not None
+            if known.run.result != run.result:
+                raise InputError(
+                    f"two trainings are kept as {run.folder}: {known.run.result.command}\nand "
+                    f"{run.result.command}\nGive one another --name, and add its runs again"
+                )
+            _add(known, comparison.split, run)
+    evaluations = _runs([c for found in stored.values() for c in found], ("validate", "test"))
     # Where one way was measured twice, the first counts and not the better one.
     for comparison, run, _ in sorted(evaluations, key=lambda found: natural(found[1].folder)):
         kept = [training.run for training in trainings.values()]
@@ -148,17 +164,21 @@ def _miou(run: Run) -> float:
 
 
 def overview_table(
-    comparisons: Sequence[Comparison], published: Sequence[Mapping[str, Any]]
+    stored: Mapping[str, Sequence[Comparison]],
+    published: Sequence[Mapping[str, Any]],
+    places: Mapping[str, Place],
 ) -> tuple[list[str], Table]:
     """Returns a row for each way to train, the best on test first, then those of papers.
 
     What changes all of them stands in no row; it is returned before the table.
 
     Args:
-        comparisons: Of one data set.
+        stored: Comparisons on one data set by the name that they are kept as.
         published: `name`, `source` and the score in percent by column, of each number.
+        places: Of stored results by name. A row has their title in place of its options, where
+            that tells it from all others.
     """
-    ways = _find_ways(comparisons)
+    ways = _find_ways(stored)
     scores = {
         way: {c: statistic(t.scores.get(c) for t in trained) for c in COLUMNS}
         for way, trained in ways.items()
@@ -167,12 +187,14 @@ def overview_table(
     tops = {c: max((mean.get(c, 0.0) for mean in means.values()), default=None) for c in COLUMNS}
     changes = [trained[0].changes for trained in ways.values()]
     shared = [c for c in changes[0] if len(ways) > 1 and all(c in other for other in changes)]
+    labels = _find_labels([trained[0] for trained in ways.values()], shared, places)
     rows = []
     for way in sorted(ways, key=lambda way: [-means[way].get(c, 0.0) for c in ("test", "val")]):
         first = ways[way][0]
         assert first.run.result is not None
-        label = ", ".join([first.configs, *(c for c in first.changes if c not in shared)])
-        known = [Cell(label), number(len(ways[way]), "d"), number(_step(first), "d")]
+        link = places[first.kept_as].link if first.kept_as in places else ""
+        label = Cell(labels[first.run.folder], link=link)
+        known = [label, number(len(ways[way]), "d"), number(_step(first), "d")]
         cells = [spread(s, s is not None and s.mean == tops[c]) for c, s in scores[way].items()]
         time = mean_time([training.run for training in ways[way]]).text
         rows.append([*known, *cells, Cell(f"{time}, {first.run.result.machine}")])
@@ -183,11 +205,26 @@ def overview_table(
     return shared, Table(("training", "n", "steps", *COLUMNS, "time, or source"), rows)
 
 
-def _find_ways(comparisons: Sequence[Comparison]) -> dict[tuple[Any, ...], list[Training]]:
+def _find_labels(
+    trainings: Sequence[Training], shared: Sequence[str], places: Mapping[str, Place]
+) -> dict[Path, str]:
+    """Returns what the row of each training begins with, by folder."""
+    own = {t.run.folder: [c for c in t.changes if c not in shared] for t in trainings}
+    changed = Counter((t.configs, t.kept_as) for t in trainings if own[t.run.folder])
+    labels = {}
+    for training in trainings:
+        changes = own[training.run.folder]
+        if training.kept_as in places and changed[training.configs, training.kept_as] == 1:
+            changes = [places[training.kept_as].title] if changes else []
+        labels[training.run.folder] = ", ".join([training.configs, *changes])
+    return labels
+
+
+def _find_ways(stored: Mapping[str, Sequence[Comparison]]) -> dict[tuple[Any, ...], list[Training]]:
     """Returns the trainings that differ in nothing but their seeds together."""
     ways: dict[tuple[Any, ...], list[Training]] = {}
     repeats: Counter[tuple[Any, ...]] = Counter()
-    for training in find_trainings(comparisons):
+    for training in find_trainings(stored):
         assert training.run.result is not None
         start = find_start(training.run.result.command, training.run.folder)
         way = (training.configs, training.changes, _step(training), start)

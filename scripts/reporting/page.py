@@ -41,11 +41,19 @@ class Code:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table; `value` is what a column is sorted by, a number, if it is one."""
+    """A cell of a table.
+
+    Args:
+        text: What it says.
+        value: What a column is sorted by, a number, if it is one.
+        strong: In bold type.
+        link: Where its text leads to; empty if nowhere.
+    """
 
     text: str
     value: float | None = None
     strong: bool = False
+    link: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,10 +172,14 @@ def table_as_markdown(table: Table) -> str:
         f"|{'|'.join('---:' if number else '---' for number in table.numeric)}|",
     ]
     for row in table.rows:
-        cells = (escape_markdown(cell.text) for cell in row)
-        bold = (f"**{t}**" if c.strong else t for t, c in zip(cells, row, strict=True))
-        lines.append(f"| {' | '.join(bold)} |")
+        lines.append(f"| {' | '.join(map(_cell_as_markdown, row))} |")
     return "\n".join(lines)
+
+
+def _cell_as_markdown(cell: Cell) -> str:
+    text = escape_markdown(cell.text)
+    text = f"[{text}]({cell.link})" if cell.link else text
+    return f"**{text}**" if cell.strong else text
 
 
 def as_html(page: Page) -> str:
@@ -230,6 +242,7 @@ def _table_as_html(table: Table) -> str:
 
 def _cell_as_html(cell: Cell, mark: str) -> str:
     text = html.escape(cell.text)
+    text = f'<a href="{html.escape(cell.link)}">{text}</a>' if cell.link else text
     text = f"<strong>{text}</strong>" if cell.strong else text
     value = "" if cell.value is None else f' data-value="{cell.value}"'
     return f"<td{mark}{value}>{text}</td>"
