@@ -75,7 +75,8 @@ def draw_panels(
 ) -> Figure:
     """Returns a figure with a row of pictures for each image, and a legend.
 
-    Ignored pixels of the truth are chequered, as any plain colour may be that of a class.
+    These are the image, the truth, the prediction, and the prediction laid over the image. Ignored
+    pixels of the truth are chequered, as any plain colour may be that of a class.
 
     Args:
         rows: Image uint8 (3, H, W), true and predicted class map (H, W), each.
@@ -89,7 +90,7 @@ def draw_panels(
     if any(bool((truth == IGNORE).any()) for _, truth, _ in rows):
         handles.append(Patch(facecolor="0.8", edgecolor="0.5", hatch="xxxx", label="ignored"))
     # In inches; all sizes are known, and matplotlib would take as long to find them as to draw.
-    columns, wide, gap = 3, 3.14, 0.06
+    columns, wide, gap = 4, 3.14, 0.06
     tall, titles, legend = wide * height / width, 0.24, 0.12 + 0.18 * math.ceil(len(handles) / 6)
     full_width = columns * (wide + gap) + gap
     full_height = titles + len(rows) * (tall + gap) + legend
@@ -108,14 +109,13 @@ def draw_panels(
         },
     )
     for i, (image, truth, prediction) in enumerate(rows):
-        pictures = (
-            image.permute(1, 2, 0).cpu().numpy(),
-            _chequer_ignored(colourise(truth, palette), truth),
-            colourise(prediction, palette),
-        )
-        for axis, picture, title in zip(
-            axes[i], pictures, ("image", "truth", "prediction"), strict=True
-        ):
+        pictures = {
+            "image": image.permute(1, 2, 0).cpu().numpy(),
+            "truth": _chequer_ignored(colourise(truth, palette), truth),
+            "prediction": colourise(prediction, palette),
+            "prediction over image": overlay(image, prediction, palette),
+        }
+        for axis, (title, picture) in zip(axes[i], pictures.items(), strict=True):
             axis.imshow(picture, interpolation="nearest")
             axis.set_axis_off()
             if i == 0:

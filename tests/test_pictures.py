@@ -58,12 +58,17 @@ def test_bars_go_from_best_to_worst_and_say_what_is_absent():
     assert "47.17" in axis.figure.get_suptitle()
 
 
+def black(side):
+    """Returns an image (3, side, side)."""
+    return torch.zeros(3, side, side, dtype=torch.uint8)
+
+
 def test_dollars_in_names_make_no_formula():
     names = ["co$t", "x_y$", r"$\foo$"]
     figures = [
         draw_class_scores(dict.fromkeys(names, 0.5), 0.5),
         draw_confusion(torch.eye(3), names),
-        draw_panels([(torch.zeros(3, 4, 4), *torch.zeros(2, 4, 4))], names, [[0, 0, 0]] * 3),
+        draw_panels([(black(4), *torch.zeros(2, 4, 4))], names, [[0, 0, 0]] * 3),
     ]
     for figure in figures:
         render(figure)  # or matplotlib would fail
@@ -74,9 +79,7 @@ def test_dollars_in_names_make_no_formula():
 
 
 def test_an_underscore_hides_no_name():
-    figure = draw_panels(
-        [(torch.zeros(3, 4, 4), *torch.zeros(2, 4, 4))], ["_background_"], [[0] * 3]
-    )
+    figure = draw_panels([(black(4), *torch.zeros(2, 4, 4))], ["_background_"], [[0] * 3])
     [text] = figure.legends[0].texts
     assert text.get_text() == "\u200b_background_"
 
@@ -84,15 +87,24 @@ def test_an_underscore_hides_no_name():
 def test_ignored_pixels_look_like_no_class():
     truth = torch.tensor([[0, 1], [2, 255]]).repeat_interleave(20, 0).repeat_interleave(20, 1)
     palette = [[0, 0, 0], [255, 255, 255], [128, 128, 128]]
-    figure = draw_panels([(torch.zeros(3, 40, 40), truth, truth)], ["a", "b", "c"], palette)
+    figure = draw_panels([(black(40), truth, truth)], ["a", "b", "c"], palette)
     shown = figure.axes[1].images[0].get_array()
     for rows, columns, colour in ((0, 0, 0), (0, 20, 255), (20, 0, 128)):
         assert np.unique(shown[rows : rows + 20, columns : columns + 20]).tolist() == [colour]
     assert np.unique(shown[20:, 20:]).tolist() == [150, 235]
     labels = [text.get_text() for text in figure.legends[0].texts]
     assert labels == ["a", "b", "c", "ignored"]
-    figure = draw_panels([(torch.zeros(3, 40, 40), truth * 0, truth)], ["a", "b", "c"], palette)
+    figure = draw_panels([(black(40), truth * 0, truth)], ["a", "b", "c"], palette)
     assert "ignored" not in [text.get_text() for text in figure.legends[0].texts]
+
+
+def test_the_prediction_lies_over_the_image():
+    image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    prediction = torch.tensor([[1] * 4] * 4)
+    figure = draw_panels([(image, prediction * 0, prediction)], ["a", "b"], [[0] * 3, [200, 0, 50]])
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["image", "truth", "prediction", "prediction over image"]
+    assert (figure.axes[3].images[0].get_array() == [150, 50, 75]).all()
 
 
 def test_many_bars_stand_in_columns():

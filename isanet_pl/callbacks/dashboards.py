@@ -124,7 +124,7 @@ def _log_tables(
 
 
 class PredictionPanels(pl.Callback):
-    """Shows image, truth and prediction of the same few images at every validation and test.
+    """Shows the same few images, their truth and prediction, at every validation and test.
 
     They go to `panels/` in the run folder. In W&B, `STAGE/predictions` has truth and prediction as
     layers to switch on and off.
