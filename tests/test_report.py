@@ -169,9 +169,9 @@ def test_statistics_are_those_of_a_sample():
 def test_the_tables_hold_the_numbers_of_the_runs(grid, tmp_path):
     assert report(grid, "--output", tmp_path / "out") == 0
     text = (tmp_path / "out" / "report.md").read_text()
-    head, best = rows(text, "setting")[0], rows(text, "network.context=isa")[0]
+    head, best = rows(text, "setting")[0], rows(text, "context=isa")[0]
     assert dict(zip(head, best, strict=True)) == {
-        "setting": "network.context=isa",
+        "setting": "context=isa",
         "n": "3",
         "val mIoU": "**60.00 ± 10.00**",
         "difference": "reference",
@@ -184,7 +184,7 @@ def test_the_tables_hold_the_numbers_of_the_runs(grid, tmp_path):
         "time": "2 min",
         "images/s": "15.0",
     }
-    other = dict(zip(head, rows(text, "network.context=none")[0], strict=True))
+    other = dict(zip(head, rows(text, "context=none")[0], strict=True))
     assert other["val mIoU"] == "25.00"  # a single run has no spread
     assert other["difference"] == "-35.00"
     assert rows(text, "car") == [["car", "30.00 ± 0.00", "30.00"]]
@@ -195,9 +195,9 @@ def test_the_tables_hold_the_numbers_of_the_runs(grid, tmp_path):
 
 
 def test_a_base_is_compared_with(grid, tmp_path, capsys):
-    assert report(grid, "--output", tmp_path / "out", "--base", "network.context=none") == 0
+    assert report(grid, "--output", tmp_path / "out", "--base", "context=none") == 0
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "+35.00" in rows(text, "network.context=isa")[0]
+    assert "+35.00" in rows(text, "context=isa")[0]
     assert report(grid, "--output", tmp_path / "out", "--base", "nothing") == 2
     assert "no setting is called 'nothing'" in capsys.readouterr().err
 
@@ -237,7 +237,7 @@ def test_the_headline_says_what_it_can(tmp_path):
     [comparison], _ = compared(tmp_path)
     facts = dict(headline(comparison, comparison.reference()).items)
     assert facts["0.50 points"].endswith("of one seed: by chance, for all that is known")
-    assert facts["3.00 GMACs"] == "an image: network.context=none, the least within a point"
+    assert facts["3.00 GMACs"] == "an image: context=none, the least within a point"
     assert facts["2 runs"] == "in ≥ 2 min altogether"
 
 
@@ -325,8 +325,8 @@ def test_other_evaluations_leave_a_title_as_it_is(tmp_path):
             [{"a": 1, "b": 1}, {"a": 2, "b": 1}, {"a": 1, "b": 2}],
             ["base", "a=2", "b=2"],
         ),
-        ([{"x": None}, {"model.network.x": [8, 8], "x": 1}], ["x=null", "x=1, network.x=[8, 8]"]),
-        ([{}, {"model.network.x": [8, 8]}], ["base", "network.x=[8, 8]"]),  # an older version
+        ([{"x": None}, {"model.network.y": [8, 8], "x": 1}], ["x=null", "x=1, y=[8, 8]"]),
+        ([{}, {"model.network.x": [8, 8]}], ["base", "x=[8, 8]"]),  # an older version
         (
             [{"a": 1}, {"a": 1, "new": 1}, {"a": 2, "new": 1}],
             ["base (name 0)", "base (name 1)", "a=2"],
@@ -371,8 +371,8 @@ def test_cells_of_a_grid_keep_their_names(tmp_path):
         "context_none": 2,
     }
     assert {s.difference for s in comparison.settings} == {
-        "network.context=isa",
-        "network.context=none",
+        "context=isa",
+        "context=none",
     }
 
 
@@ -655,7 +655,7 @@ def test_the_confusion_is_that_of_the_best_over_its_runs(grid, tmp_path, monkeyp
     assert counts.tolist() == [[4, 4], [6, 8]]
     assert names == ["road", "car"]
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "network.context=isa, pixels of 2 of 3 runs" in text
+    assert "context=isa, pixels of 2 of 3 runs" in text
     assert "version_1/confusion_val.csv is left out: 2 classes need" in text.replace("\\", "")
 
 

@@ -57,12 +57,12 @@ def test_the_block_holds_the_numbers_of_the_runs(place):
     assert text.endswith("\nafter\n")
     assert "\nold\n" not in text
     [head, _] = rows(text, "setting")
-    best = dict(zip(head, rows(text, "network.context=isa")[0], strict=True))
+    best = dict(zip(head, rows(text, "context=isa")[0], strict=True))
     wanted = {"n": "3", "val mIoU": "**60.00 ± 10.00**", "best val mIoU": "20.00 ± 0.00"}
     assert wanted.items() <= best.items()
     assert best["images/s"] == "15.0"
-    assert len(rows(text, "network.context=isa")) == 4  # and a row for each seed
-    assert "network.context=dense" not in text
+    assert len(rows(text, "context=isa")) == 4  # and a row for each seed
+    assert "context=dense" not in text
     assert text.count("isanet-pl fit") == 4
     file = "mine.camvid-val-at-the-end-of-training.png"
     assert f"({file})" in text
@@ -77,7 +77,7 @@ def test_new_runs_take_the_place_of_those_before(place):
     write_run(place / "runs" / "none" / "version_0", 0.25, config=context("none"))
     results("--add", "mine", "runs")
     results("--add", "mine", isa, "--panel")
-    assert "network.context=none" not in page(place)
+    assert "context=none" not in page(place)
     names = [path.name for path in (place / "docs" / "results").iterdir()]
     assert sorted(names) == ["README.md", "mine.json", "mine.panel.png"]
 
@@ -258,7 +258,7 @@ def test_a_training_that_starts_from_a_whole_network_says_so(place, weights, lab
 
 
 def test_options_go_by_their_last_names_in_the_overview():
-    from reporting.commands import GROUPS
+    from reporting.labels import GROUPS
 
     owners = [ISANet, SegmentationModule, SegmentationDataModule, CamVid, Trainer]
     names = [set(signature(owner).parameters) for owner in owners]

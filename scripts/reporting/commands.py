@@ -3,16 +3,13 @@
 import shlex
 from pathlib import Path
 
-from reporting.labels import NO_DIFFERENCE, starts
+from reporting.labels import NO_DIFFERENCE, shorten, starts
 from reporting.resumed_runs import is_of, name_of
 
 # What is said elsewhere: by the row's beginning, the start of the training, and the columns.
 # Of the last checkpoint, the times of validations change nothing.
 UNTOLD = ("config", "data", "data.root", "model.network.pretrained", "model.network.weights_path",
           "trainer.max_steps", "trainer.val_check_interval")  # fmt: skip
-
-GROUPS = ("model.network.", "model.", "data.", "trainer.")
-"""Beginnings of options that go without saying: what follows is not in two of them."""
 
 
 def read_options(command: str) -> list[tuple[str, str]]:
@@ -44,7 +41,7 @@ def describe(command: str, folder: Path) -> tuple[str, tuple[str, ...]]:
         if name == "config"
     ]
     changes = [
-        f"{_shorten(name)}={value}"
+        f"{shorten(name)}={value}"
         for name, value in options
         if name not in UNTOLD and not starts(name, NO_DIFFERENCE)
     ]
@@ -52,12 +49,6 @@ def describe(command: str, folder: Path) -> tuple[str, tuple[str, ...]]:
     if start:
         changes.append(f"from {_name_start(Path(start))}")
     return " + ".join(configs), tuple(changes)
-
-
-def _shorten(option: str) -> str:
-    """Returns an option without the group that it is of."""
-    group = next((group for group in GROUPS if option.startswith(group)), "")
-    return option.removeprefix(group)
 
 
 def _name_start(checkpoint: Path) -> str:

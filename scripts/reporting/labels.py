@@ -41,6 +41,8 @@ NO_DIFFERENCE = (
     "data.predict_output",
 )
 """Keys, and what keys begin with, that change nothing of what a network learns."""
+GROUPS = ("model.network.", "model.", "data.", "trainer.")
+"""Beginnings of options that go without saying: what follows is not in two of them."""
 PATHS = ("data.root", "model.network.weights_path")
 """Compared by their ends: the same data lie elsewhere on another machine."""
 OF_EVALUATION = (
@@ -115,6 +117,12 @@ def starts(key: str, beginnings: Sequence[str]) -> bool:
     return any(key == b or key.startswith((f"{b}.", f"{b}_")) for b in beginnings)
 
 
+def shorten(option: str) -> str:
+    """Returns an option without the group that it is of."""
+    group = next((group for group in GROUPS if option.startswith(group)), "")
+    return option.removeprefix(group)
+
+
 def find_labels(kinds: Sequence[Kind]) -> list[str]:
     """Returns a short label for each kind of a comparison, no two alike.
 
@@ -172,7 +180,7 @@ def find_differences(configs: Sequence[Config]) -> list[list[str]]:
             continue  # the arguments of a class that others do not use: its name says enough
         counts = Counter(values).most_common(2)
         usual = counts[0][0] if counts[0][1] > counts[1][1] else None
-        short = key.removeprefix("model.").removeprefix("trainer.")
+        short = shorten(key)
         for parts, value in zip(found, values, strict=True):
             if value is not None and value != usual:
                 parts.append(f"{short}={value}")
