@@ -6,7 +6,8 @@ python scripts/results.py          only rewrites the tables
 The page, docs/results/README.md, has a block `NAME results` for all that is known of each NAME.
 The README has `NAME summary`, the last table of a NAME, and `DATA overview`, all trainings on a
 data set in one table, with the numbers of docs/results/published.yaml; a NAME with a block `NAME
-overview` stands there instead.
+overview` stands there instead. A row leads to the page's section that the block of its NAME stands
+in, and has its title, if no other training is told of there.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def add(name: str, paths: Sequence[Path], store: Path, panel: bool) -> None:
         name: What they are kept as.
         paths: Run folders, or folders above them.
         store: Folder to keep them in.
-        panel: Keep the best setting's picture of images, truth and prediction as well.
+        panel: Keep the best setting's picture of its predictions as well.
 
     Raises:
         InputError: No run is finished.
@@ -222,7 +223,7 @@ def _find_places(
 ) -> dict[str, Place]:
     """Returns the sections of the page that have stored results, as the README leads to them."""
     places = {}
-    target = os.path.relpath(page, readme.parent)
+    target = Path(os.path.relpath(page, readme.parent)).as_posix()
     for name, comparisons in stored.items():
         if heading := find_heading(page, f"{name} results"):
             # The data set goes without saying.
@@ -240,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--panel", action="store_true",
-        help="keep a picture of images, truth and prediction too: where the data's licence lets "
+        help="keep a picture of images and predictions too: where the data's licence lets "
         "you publish its images",
     )  # fmt: skip
     parser.add_argument(

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -364,6 +365,19 @@ def plant_leak(root):
     copy_image(root, "train/images/scene0", "val/images/scene3")
 
 
+def plant_listed_leak(root):
+    for kind in ("images", "masks"):
+        (root / kind).mkdir()
+        for path in root.glob(f"*/{kind}/*"):
+            path.rename(root / kind / f"{path.parts[-3]}_{path.name}")
+    for split in ("train", "val", "test"):
+        shutil.rmtree(root / split)
+        names = [path.name for path in (root / "images").glob(f"{split}_*")]
+        (root / f"{split}.txt").write_text("\n".join(names))
+    with (root / "val.txt").open("a") as file:
+        file.write("\ntrain_scene0")
+
+
 def plant_test_leak(root):
     copy_image(root, "train/images/scene0", "test/images/scene3")
 
@@ -494,6 +508,18 @@ PLANTED = [
                 "1 image in more than one split",
                 "train/images/scene0",
                 "val/images",
+            )
+        ],
+    ),
+    (
+        plant_listed_leak,
+        [
+            (
+                "error",
+                "train and val",
+                "in more than one split",
+                "leave it in one",
+                "images/train_scene0",
             )
         ],
     ),

@@ -868,7 +868,8 @@ def listed(tmp_path):
     """A folder of all images, one of them without a mask, and lists of names."""
     root = make_folder(tmp_path / "made", splits=("all",), count=5) / "all"
     (root / "masks" / "scene4.png").unlink()
-    (root / "train.txt").write_text("scene2\n\n  scene0.png\n")
+    # As a Windows editor saves it.
+    (root / "train.txt").write_bytes(b"\xef\xbb\xbfscene2\r\n\r\n  scene0.png\r\n")
     (root / "val.txt").write_text("scene3\n")
     return root
 
@@ -884,6 +885,7 @@ def test_lists_say_which_files_are_of_a_split(listed):
 def test_a_listed_name_may_have_a_dot(listed):
     for part in ("images", "masks"):
         (listed / part / "scene3.png").rename(listed / part / "a.b c.png")
+        (listed / part / "scene2.png").rename(listed / part / "a.png")
     for name in ("a.b c", "a.b c.png"):
         (listed / "val.txt").write_text(name)
         assert make_data(listed).list_pairs("val")[0][0].name == "a.b c.png"
@@ -899,7 +901,9 @@ def test_a_folder_of_the_split_comes_before_a_list(listed):
     [
         ("scene1\nscene7\n", ("1 of 2 names have no file in", "images", "scene7")),
         ("scene1\nscene4\n", ("1 of 2 names have no file in", "masks", "scene4")),
-        ("scene1\nscene2\nscene1.png", ("more than once", "scene1.png")),
+        ("scene1\nscene2\nscene1.png", ("more than once", "scene1")),
+        ("scene1.v2\n", ("1 of 1 names have no file in", "images", "scene1.v2")),
+        ("images/scene1.png masks/scene1.png\n", ("without folders", "images/scene1.png masks")),
         (" \n", ("lists nothing",)),
         (None, ("has no val split", "neither a folder val", "nor val.txt")),
     ],
@@ -911,6 +915,13 @@ def test_wrong_lists(listed, text, words):
         path.write_text(text)
         words = (path, *words)
     with fails_naming(*words):
+        make_data(listed).list_pairs("val")
+
+
+def test_a_listed_file_needs_a_mask_of_its_own(listed):
+    (listed / "images" / "scene3.png").rename(listed / "images" / "scene1.v2.png")
+    (listed / "val.txt").write_text("scene1.v2\n")
+    with fails_naming("no file in", "masks", "scene1.v2"):  # and not that of scene1
         make_data(listed).list_pairs("val")
 
 

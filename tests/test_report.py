@@ -326,6 +326,10 @@ def test_other_evaluations_leave_a_title_as_it_is(tmp_path):
             ["base", "a=2", "b=2"],
         ),
         ([{"x": None}, {"model.network.y": [8, 8], "x": 1}], ["x=null", "x=1, y=[8, 8]"]),
+        (  # two of one name
+            [{"x": None}, {"model.network.x": [8, 8], "x": 1}],
+            ["x=null", "x=1, model.network.x=[8, 8]"],
+        ),
         ([{}, {"model.network.x": [8, 8]}], ["base", "x=[8, 8]"]),  # an older version
         (
             [{"a": 1}, {"a": 1, "new": 1}, {"a": 2, "new": 1}],

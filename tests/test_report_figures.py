@@ -28,7 +28,7 @@ def test_scores_are_percent_beside_their_names(comparison):
 
     [axes] = draw_scores(comparison).axes
     labels = [text.get_text() for text in axes.get_yticklabels()]
-    assert labels == ["network.context=isa", "network.context=none"]
+    assert labels == ["context=isa", "context=none"]
     best, other = axes.containers
     assert best[0].get_xdata() == pytest.approx([60])
     assert best[0].get_ydata() == pytest.approx([0])  # the row of its name
@@ -61,7 +61,7 @@ def test_classes_have_a_bar_for_each_setting(comparison):
         text.get_text(): bar.get_facecolor()
         for text, bar in zip(legend.texts, legend.legend_handles, strict=True)
     }
-    assert named == {"network.context=isa": isa, "network.context=none": none}
+    assert named == {"context=isa": isa, "context=none": none}
 
 
 def test_settings_of_one_colour_have_other_bars(tmp_path):

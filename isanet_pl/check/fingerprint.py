@@ -178,7 +178,8 @@ def find_duplicates(splits: Mapping[str, SplitFacts]) -> dict[str, Files]:
         # The first of each split, then the others: who reads the first few sees what is wrong.
         first = {split: min(n for s, n, _ in group if s == split) for split in within}
         rest = sorted({name for _, name, _ in group}.difference(first.values()))
-        names = [*first.values(), *rest]
+        # One file that two lists have is one name.
+        names = list(dict.fromkeys([*first.values(), *rest]))
         text = " = ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         kinds = [" and ".join(within)]
         if len(within) == 1 and len({mask for *_, mask in group}) > 1:

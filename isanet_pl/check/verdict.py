@@ -72,7 +72,7 @@ def _find_duplicates(fingerprint: Fingerprint) -> Iterator[Problem]:
             text = "twice in a split, with different masks; keep the right one"
             yield Problem("warning", "", _many(files, "image", text))
         elif "train and" in kind:
-            text = "in more than one split: what was learnt by heart is evaluated; keep one of each"
+            text = "in more than one split: what was learnt by heart is evaluated; leave it in one"
             yield Problem("error", kind, _many(files, "image", text))
         else:
             yield Problem("warning", kind, _many(files, "image", "there more than once"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from isanet_pl.data.files import Codes, Pair
+from isanet_pl.data.files import Codes, Pair, read_lines
 from isanet_pl.errors import InputError
 
 
@@ -37,12 +37,9 @@ def read_ids(path: Path) -> list[str]:
     """Returns the ids that a text file lists, one a line.
 
     Raises:
-        InputError: The file is missing or lists nothing.
+        InputError: The file is missing, no UTF-8, or lists nothing.
     """
-    try:
-        ids = path.read_text("utf-8").split()
-    except FileNotFoundError as error:
-        raise InputError(f"file not found: {path}") from error
+    ids = read_lines(path)
     if not ids:
         raise InputError(f"{path} lists nothing; restore it from the archive")
     return ids

@@ -111,30 +111,53 @@ def pair_listed(names: Sequence[str], image_dir: Path, mask_dir: Path) -> list[P
     """Returns the (image, mask) files of two folders that have the names, in their order.
 
     Args:
-        names: With their ending or without; files of other names are left alone.
+        names: With the ending of an image or mask, or without; files of other names need no
+            partner.
         image_dir: Folder of the images.
         mask_dir: Folder of the masks.
 
     Raises:
-        InputError: A folder is missing or empty, a stem or a name occurs twice, or a name has no
-            file.
+        InputError: A folder is missing or empty, a stem occurs twice in it, or a name is listed
+            twice, has no file, or has a folder in it.
     """
-    columns = []
-    for folder, suffixes in ((image_dir, IMAGE_SUFFIXES), (mask_dir, MASK_SUFFIXES)):
-        files = _by_stem(list_files(folder, suffixes))
-        # As it stands first: a name without ending may have a dot of its own.
-        found = [files.get(name) or files.get(Path(name).stem) for name in names]
-        absent = [name for name, path in zip(names, found, strict=True) if path is None]
+    paths = [name for name in names if "/" in name or "\\" in name]
+    if paths:
+        raise InputError(
+            f"names of files are wanted, of images in {image_dir} and masks in {mask_dir}, without "
+            f"folders: {few(paths)}"
+        )
+    images = _by_stem(list_files(image_dir, IMAGE_SUFFIXES))
+    masks = _by_stem(list_files(mask_dir, MASK_SUFFIXES))
+    endings = IMAGE_SUFFIXES | MASK_SUFFIXES
+    stems = [
+        path.stem if (path := Path(name)).suffix.lower() in endings and name not in images else name
+        for name in names
+    ]
+    for files, folder in ((images, image_dir), (masks, mask_dir)):
+        absent = [name for name, stem in zip(names, stems, strict=True) if stem not in files]
         if absent:
             raise InputError(
                 f"{len(absent)} of {len(names)} names have no file in {folder}: {few(absent)}"
             )
-        columns.append([path for path in found if path is not None])
-    pairs = list(zip(*columns, strict=True))
-    twice = [str(image) for (image, _), count in Counter(pairs).items() if count > 1]
+    twice = [stem for stem, count in Counter(stems).items() if count > 1]
     if twice:
         raise InputError(f"listed more than once: {few(twice)}")
-    return pairs
+    return [(images[stem], masks[stem]) for stem in stems]
+
+
+def read_lines(path: Path) -> list[str]:
+    """Returns the lines of a text file that are not blank, without the space around them.
+
+    Raises:
+        InputError: It is missing or no UTF-8.
+    """
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise InputError(f"file not found: {path}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text ({error.reason}): save it as UTF-8") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _by_stem(files: Sequence[Path]) -> dict[str, Path]:

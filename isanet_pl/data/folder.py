@@ -1,5 +1,6 @@
 """Anybody's images and masks in folders."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from isanet_pl.data.datamodule import SegmentationDataModule, Split
-from isanet_pl.data.files import IGNORE, Pair, pair_by_stem, pair_listed
+from isanet_pl.data.files import IGNORE, Pair, pair_by_stem, pair_listed, read_lines
 from isanet_pl.data.palette import Colour, ColourMasks, default_palette
 from isanet_pl.errors import InputError, few
 
@@ -19,7 +20,8 @@ class SegmentationFolder(SegmentationDataModule):
     """Your own data: `root/{train,val,test}/{images,masks}/NAME.EXT`, paired by name.
 
     Or all files in `root/{images,masks}`, and in `root/{train,val,test}.txt` the names of each
-    split's, one a line, with their ending or without.
+    split's, one a line, with their ending or without; a list of a split that has a folder is not
+    read.
 
     Masks are index images (palette or greyscale PNG): 0..K-1 for the classes, 255 to ignore. Other
     codes are translated by `label_map` or `reduce_zero_label`. Class names come from the argument
@@ -96,7 +98,7 @@ class SegmentationFolder(SegmentationDataModule):
         """
         root = self.root_path
         folder, listed = root / split, root / f"{split}.txt"
-        if folder.exists():
+        if os.path.lexists(folder):  # also a link that leads nowhere, to be named
             return pair_by_stem(folder / "images", folder / "masks")
         if not listed.is_file():
             raise InputError(
@@ -140,16 +142,3 @@ def read_classes(path: Path) -> tuple[list[str], list[Colour]]:
             f"{path}: each colour must stand on one line only, with numbers up to 255: {few(wrong)}"
         )
     return [m[1] for m in coloured], colours
-
-
-def read_lines(path: Path) -> list[str]:
-    """Returns the lines of a text file that are not blank, without the space around them.
-
-    Raises:
-        InputError: It is no UTF-8.
-    """
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no UTF-8 text ({error.reason}): save it as UTF-8") from error
-    return [line.strip() for line in lines if line.strip()]

@@ -33,13 +33,13 @@ def has_block(path: Path, name: str) -> bool:
 
 def find_heading(path: Path, name: str) -> str:
     """Returns the heading that the block of a name stands under; empty if there is none."""
-    above = path.read_text("utf-8").split(_begin(name), 1)[0]
-    headings: list[str] = re.findall(r"^##+ (.+)$", above, re.MULTILINE)
+    above, mark, _ = path.read_text("utf-8").partition(_begin(name))
+    headings: list[str] = re.findall(r"^##+ (.+?)\s*$", above, re.MULTILINE) if mark else []
     return headings[-1] if headings else ""
 
 
 def anchor(heading: str) -> str:
-    """Returns what leads to a heading of a page on GitHub, behind the #."""
+    """Returns what leads to a heading on GitHub, behind the #; no two of a page may be the same."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 

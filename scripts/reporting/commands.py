@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from reporting.labels import NO_DIFFERENCE, shorten, starts
+from reporting.labels import NO_DIFFERENCE, starts, without_group
 from reporting.resumed_runs import is_of, name_of
 
 # What is said elsewhere: by the row's beginning, the start of the training, and the columns.
@@ -41,7 +41,7 @@ def describe(command: str, folder: Path) -> tuple[str, tuple[str, ...]]:
         if name == "config"
     ]
     changes = [
-        f"{shorten(name)}={value}"
+        f"{without_group(name)}={value}"
         for name, value in options
         if name not in UNTOLD and not starts(name, NO_DIFFERENCE)
     ]

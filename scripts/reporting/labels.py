@@ -42,7 +42,7 @@ NO_DIFFERENCE = (
 )
 """Keys, and what keys begin with, that change nothing of what a network learns."""
 GROUPS = ("model.network.", "model.", "data.", "trainer.")
-"""Beginnings of options that go without saying: what follows is not in two of them."""
+"""Beginnings of options that go without saying: what follows is in one of them alone."""
 PATHS = ("data.root", "model.network.weights_path")
 """Compared by their ends: the same data lie elsewhere on another machine."""
 OF_EVALUATION = (
@@ -117,7 +117,7 @@ def starts(key: str, beginnings: Sequence[str]) -> bool:
     return any(key == b or key.startswith((f"{b}.", f"{b}_")) for b in beginnings)
 
 
-def shorten(option: str) -> str:
+def without_group(option: str) -> str:
     """Returns an option without the group that it is of."""
     group = next((group for group in GROUPS if option.startswith(group)), "")
     return option.removeprefix(group)
@@ -174,13 +174,15 @@ def find_differences(configs: Sequence[Config]) -> list[list[str]]:
         key: [_text(config[key]) if key in config else None for config in configs] for key in keys
     }
     varying = {key: values for key, values in texts.items() if len(set(values)) > 1}
+    shortened = Counter(map(without_group, keys))
     found: list[list[str]] = [[] for _ in configs]
     for key, values in varying.items():
         if None in values and any(key.startswith(f"{other}.") for other in varying):
             continue  # the arguments of a class that others do not use: its name says enough
         counts = Counter(values).most_common(2)
         usual = counts[0][0] if counts[0][1] > counts[1][1] else None
-        short = shorten(key)
+        short = without_group(key)
+        short = short if shortened[short] == 1 else key
         for parts, value in zip(found, values, strict=True):
             if value is not None and value != usual:
                 parts.append(f"{short}={value}")

@@ -49,7 +49,7 @@ class Training:
     """One training and what its last checkpoint reached.
 
     Args:
-        kept_as: Name of the stored results that have it.
+        kept_as: Name of the stored results that have it, the first of several.
         configs: Their names.
         changes: Options that change what the configs say, and the training that it started from.
         run: With the result at the end of the training.
@@ -176,7 +176,7 @@ def overview_table(
         stored: Comparisons on one data set by the name that they are kept as.
         published: `name`, `source` and the score in percent by column, of each number.
         places: Of stored results by name. A row has their title in place of its options, where
-            that tells it from all others.
+            they tell of no other training.
     """
     ways = _find_ways(stored)
     scores = {
@@ -209,13 +209,13 @@ def _find_labels(
     trainings: Sequence[Training], shared: Sequence[str], places: Mapping[str, Place]
 ) -> dict[Path, str]:
     """Returns what the row of each training begins with, by folder."""
-    own = {t.run.folder: [c for c in t.changes if c not in shared] for t in trainings}
-    changed = Counter((t.configs, t.kept_as) for t in trainings if own[t.run.folder])
+    told = Counter(places[t.kept_as].link for t in trainings if t.kept_as in places)
     labels = {}
     for training in trainings:
-        changes = own[training.run.folder]
-        if training.kept_as in places and changed[training.configs, training.kept_as] == 1:
-            changes = [places[training.kept_as].title] if changes else []
+        changes = [change for change in training.changes if change not in shared]
+        place = places.get(training.kept_as)
+        if changes and place and told[place.link] == 1:
+            changes = [place.title]
         labels[training.run.folder] = ", ".join([training.configs, *changes])
     return labels
 

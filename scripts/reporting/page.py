@@ -47,7 +47,7 @@ class Cell:
         text: What it says.
         value: What a column is sorted by, a number, if it is one.
         strong: In bold type.
-        link: Where its text leads to; empty if nowhere.
+        link: Where its text leads to in Markdown; empty if nowhere.
     """
 
     text: str
@@ -242,7 +242,6 @@ def _table_as_html(table: Table) -> str:
 
 def _cell_as_html(cell: Cell, mark: str) -> str:
     text = html.escape(cell.text)
-    text = f'<a href="{html.escape(cell.link)}">{text}</a>' if cell.link else text
     text = f"<strong>{text}</strong>" if cell.strong else text
     value = "" if cell.value is None else f' data-value="{cell.value}"'
     return f"<td{mark}{value}>{text}</td>"
