@@ -165,7 +165,7 @@ DATA = [
         (MASK, "RGB", "map its colours to indices first"),
     ),
     ("mask of another size", on(MASK, shrink), (IMAGE, "32x24", MASK, "16x12", "one size")),
-    ("no val", on("data/val", shutil.rmtree), ("has no val split", "data/images")),
+    ("no val", on("data/val", shutil.rmtree), ("val split not found", "data/val/images")),
     (
         "no image at all",
         lambda place: [path.unlink() for path in (place / IMAGE).parent.iterdir()],

@@ -530,7 +530,7 @@ PLANTED = [
         [("warning", "train", "more than once"), ("warning", "", "different masks", "scene1")],
     ),
     (plant_no_val, [("error", "val", "no file in")]),
-    (plant_no_test, [("warning", "test", "has no test split", "only `isanet-pl test`")]),
+    (plant_no_test, [("warning", "test", "test split not found", "only `isanet-pl test`")]),
     (plant_no_partner, [("error", "train", "have no mask of the same name", "scene0")]),
     (plant_same_masks, [("warning", "val", "all 4 masks are the same")]),
     (plant_copied_mask, [("warning", "train", "very pixels of the image", "scene0")]),

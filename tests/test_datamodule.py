@@ -905,7 +905,7 @@ def test_a_folder_of_the_split_comes_before_a_list(listed):
         ("scene1.v2\n", ("1 of 1 names have no file in", "images", "scene1.v2")),
         ("images/scene1.png masks/scene1.png\n", ("without folders", "images/scene1.png masks")),
         (" \n", ("lists nothing",)),
-        (None, ("has no val split", "neither a folder val", "nor val.txt")),
+        (None, ("val split not found", "val/images", "nor", "val.txt")),
     ],
 )
 def test_wrong_lists(listed, text, words):

@@ -102,8 +102,8 @@ class SegmentationFolder(SegmentationDataModule):
             return pair_by_stem(folder / "images", folder / "masks")
         if not listed.is_file():
             raise InputError(
-                f"{root} has no {split} split: neither a folder {split}, with images and masks in "
-                f"it, nor {listed.name}, a list of those in {root / 'images'} and {root / 'masks'}"
+                f"{split} split not found: neither {folder / 'images'}, with the folder masks "
+                f"beside it, nor {listed}, a list of names in {root / 'images'}"
             )
         names = read_lines(listed)
         if not names:
