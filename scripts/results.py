@@ -200,8 +200,9 @@ def write_readme(path: Path, stored: Mapping[str, Sequence[Comparison]], store: 
     overviews = find_blocks(path, "overview")
     places = _find_places(path, store / "README.md", stored)
     for name in overviews:
-        about = {name: stored.get(name, [])}
-        if name not in stored:  # then it is a data set's
+        if name in stored:
+            about = {name: stored[name]}
+        else:  # the name of a data set
             about = {
                 other: [c for c in known if c.title.startswith(f"{name} ")]
                 for other, known in stored.items()

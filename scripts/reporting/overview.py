@@ -107,21 +107,20 @@ def find_trainings(stored: Mapping[str, Sequence[Comparison]]) -> list[Training]
             of.
     """
     trainings: dict[Path, Training] = {}
-    for name, comparisons in stored.items():
-        for comparison, run, seed in _runs(comparisons, ("fit",)):
-            assert run.result is not None
-            training = Training(name, *describe(run.result.command, run.folder), run, seed, {})
-            known = trainings.setdefault(run.folder, training)  # several names may keep it
-            assert known.run.result is not None
-            if known.run.result != run.result:
-                raise InputError(
-                    f"two trainings are kept as {run.folder}: {known.run.result.command}\nand "
-                    f"{run.result.command}\nGive one another --name, and add its runs again"
-                )
-            _add(known, comparison.split, run)
-    evaluations = _runs([c for found in stored.values() for c in found], ("validate", "test"))
+    for name, comparison, run, seed in _runs(stored, ("fit",)):
+        assert run.result is not None
+        training = Training(name, *describe(run.result.command, run.folder), run, seed, {})
+        known = trainings.setdefault(run.folder, training)  # several names may keep the same one
+        assert known.run.result is not None
+        if known.run.result != run.result:
+            raise InputError(
+                f"two trainings are kept as {run.folder}: {known.run.result.command}\nand "
+                f"{run.result.command}\nGive one another --name, and add its runs again"
+            )
+        _add(known, comparison.split, run)
+    evaluations = _runs(stored, ("validate", "test"))
     # Where one way was measured twice, the first counts and not the better one.
-    for comparison, run, _ in sorted(evaluations, key=lambda found: natural(found[1].folder)):
+    for _, comparison, run, _ in sorted(evaluations, key=lambda found: natural(found[2].folder)):
         kept = [training.run for training in trainings.values()]
         trained = owner(run.config.get("ckpt_path"), kept)
         if trained is not None:
@@ -147,14 +146,15 @@ def _add(training: Training, split: str, measured: Run) -> None:
 
 
 def _runs(
-    comparisons: Sequence[Comparison], commands: Sequence[str]
-) -> Iterator[tuple[Comparison, Run, str]]:
-    """Yields the runs of some commands, with the seeds of their trainings."""
-    for comparison in comparisons:
-        if comparison.command in commands:
-            for setting in comparison.settings:
-                for seed, run in setting.runs.items():
-                    yield comparison, run, seed
+    stored: Mapping[str, Sequence[Comparison]], commands: Sequence[str]
+) -> Iterator[tuple[str, Comparison, Run, str]]:
+    """Yields the runs of some commands: kept as, compared in, the run, the seed of its training."""
+    for name, comparisons in stored.items():
+        for comparison in comparisons:
+            if comparison.command in commands:
+                for setting in comparison.settings:
+                    for seed, run in setting.runs.items():
+                        yield name, comparison, run, seed
 
 
 def _miou(run: Run) -> float:
@@ -192,8 +192,7 @@ def overview_table(
     for way in sorted(ways, key=lambda way: [-means[way].get(c, 0.0) for c in ("test", "val")]):
         first = ways[way][0]
         assert first.run.result is not None
-        link = places[first.kept_as].link if first.kept_as in places else ""
-        label = Cell(labels[first.run.folder], link=link)
+        label = labels[first.run.folder]
         known = [label, number(len(ways[way]), "d"), number(_step(first), "d")]
         cells = [spread(s, s is not None and s.mean == tops[c]) for c, s in scores[way].items()]
         time = mean_time([training.run for training in ways[way]]).text
@@ -207,7 +206,7 @@ def overview_table(
 
 def _find_labels(
     trainings: Sequence[Training], shared: Sequence[str], places: Mapping[str, Place]
-) -> dict[Path, str]:
+) -> dict[Path, Cell]:
     """Returns what the row of each training begins with, by folder."""
     told = Counter(places[t.kept_as].link for t in trainings if t.kept_as in places)
     labels = {}
@@ -216,7 +215,8 @@ def _find_labels(
         place = places.get(training.kept_as)
         if changes and place and told[place.link] == 1:
             changes = [place.title]
-        labels[training.run.folder] = ", ".join([training.configs, *changes])
+        label = ", ".join([training.configs, *changes])
+        labels[training.run.folder] = Cell(label, link=place.link if place else "")
     return labels
 
 
